@@ -1,0 +1,262 @@
+"""From (z, w) under one condition to w under another: one small class per way.
+
+Every way is fitted on the latents of the training cells and moves the latents of source cells. A
+group (cell type) counts as *matched* if the training data hold it under both conditions; the
+ways that compare treated with untreated cells use matched groups only, so that the change is
+never read off cells of which one side is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.linear_model import Ridge
+from sklearn.neighbors import NearestNeighbors
+
+from ._priors import LearnedPrior
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._module import DiscoverVAE
+
+Method = Literal["auto", "shift", "prior", "abduction", "neighbors", "linear"]
+METHODS: tuple[str, ...] = ("auto", "shift", "prior", "abduction", "neighbors", "linear")
+
+_MIN_GROUP_CELLS = 5
+_N_NEIGHBORS = 15
+_RIDGE = 1.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Latents of the training cells that a way may learn from.
+
+    Parameters
+    ----------
+    z, w
+        Posterior means, ``(n_cells, n_latent)`` and ``(n_cells, n_latent_specific)``.
+    is_source, is_target
+        Masks of shape ``(n_cells,)``: cells under the condition of the source cells, and under
+        the one asked for.
+    groups
+        Group of each cell, shape ``(n_cells,)``: label, or cluster of z.
+    """
+
+    z: np.ndarray
+    w: np.ndarray
+    is_source: np.ndarray
+    is_target: np.ndarray
+    groups: np.ndarray
+
+    @property
+    def matched_groups(self) -> list:
+        """Groups with enough cells under both conditions; all cells as one group if none has."""
+        return [
+            group
+            for group in np.unique(self.groups)
+            if min(
+                (self.is_source & (self.groups == group)).sum(),
+                (self.is_target & (self.groups == group)).sum(),
+            )
+            >= _MIN_GROUP_CELLS
+        ]
+
+    def matched(self, side: np.ndarray) -> np.ndarray:
+        """Return the cells of one side that belong to matched groups; all if no group does."""
+        mask = side & np.isin(self.groups, self.matched_groups)
+        return mask if mask.any() else side
+
+
+def cluster_groups(z: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Clusters of z, which stand for cell types where none are given: k-means, at most 10.
+
+    Parameters
+    ----------
+    z
+        Posterior means, shape ``(n_cells, n_latent)``.
+    seed
+        Seed of k-means.
+
+    Returns
+    -------
+    Cluster of each cell, shape ``(n_cells,)``.
+    """
+    n_clusters = int(np.clip(len(z) // 50, 1, 10))
+    return KMeans(n_clusters, n_init=3, random_state=seed).fit_predict(z)
+
+
+class Way(Protocol):
+    """What moves w: fitted on a reference, then called on source cells."""
+
+    def fit(self, reference: Reference) -> Way:
+        """Learn from the latents of the training cells."""
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return w under the target condition, ``(n_cells, n_latent_specific)``."""
+
+
+class Shift:
+    """Add the mean change of w: averaged over matched groups, each counting once."""
+
+    def fit(self, reference: Reference) -> Shift:
+        """Learn one vector."""
+        changes = []
+        for group in reference.matched_groups or [None]:
+            inside = np.full(len(reference.w), True) if group is None else reference.groups == group
+            treated, control = (
+                reference.w[inside & side].mean(axis=0)
+                for side in (reference.is_target, reference.is_source)
+            )
+            changes.append(treated - control)
+        self.change = np.mean(changes, axis=0)
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return w plus the change."""
+        return w + self.change
+
+
+class Neighbors:
+    """Add the difference of w between the nearest treated and untreated cells in z."""
+
+    def fit(self, reference: Reference) -> Neighbors:
+        """Index the cells of matched groups of both sides."""
+        self._sides = []
+        for side in (reference.is_target, reference.is_source):
+            mask = reference.matched(side)
+            index = NearestNeighbors(n_neighbors=min(_N_NEIGHBORS, mask.sum()))
+            self._sides.append((index.fit(reference.z[mask]), reference.w[mask]))
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return w plus the neighbours' difference."""
+        treated, control = (
+            side_w[index.kneighbors(z, return_distance=False)].mean(axis=1)
+            for index, side_w in self._sides
+        )
+        return w + treated - control
+
+
+class Linear:
+    """Add the difference of two ridge regressions of w on z, of treated and untreated cells."""
+
+    def fit(self, reference: Reference) -> Linear:
+        """Fit both regressions on matched groups."""
+        masks = [reference.matched(s) for s in (reference.is_target, reference.is_source)]
+        self._sides = [Ridge(_RIDGE).fit(reference.z[m], reference.w[m]) for m in masks]
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return w plus the difference of the two predictions."""
+        treated, control = (regression.predict(z) for regression in self._sides)
+        return w + treated - control
+
+
+class Prior:
+    """Replace w by the model's prior mean under the target condition."""
+
+    def __init__(self, module: DiscoverVAE, target_codes: np.ndarray) -> None:
+        self._module = module
+        self._target = target_codes
+
+    def fit(self, reference: Reference) -> Prior:
+        """Learned with the model already: nothing to fit."""
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return the prior mean given z."""
+        return _prior_mean(self._module, z, self._target)
+
+
+class Abduction:
+    """Keep the cell's residual from its own prior: m(z, target) + (w - m(z, source))."""
+
+    def __init__(
+        self, module: DiscoverVAE, source_codes: np.ndarray, target_codes: np.ndarray
+    ) -> None:
+        self._module = module
+        self._source, self._target = source_codes, target_codes
+
+    def fit(self, reference: Reference) -> Abduction:
+        """Learned with the model already: nothing to fit."""
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return w plus the difference of the prior means."""
+        means = [_prior_mean(self._module, z, codes) for codes in (self._target, self._source)]
+        return w + means[0] - means[1]
+
+
+@torch.no_grad()
+def _prior_mean(module: DiscoverVAE, z: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    device = module.device
+    condition_index = torch.as_tensor(codes, device=device).expand(len(z), -1)
+    return module.prior(torch.as_tensor(z, device=device), condition_index).cpu().numpy()
+
+
+class Blend:
+    """The mean of several ways."""
+
+    def __init__(self, ways: Sequence[Way]) -> None:
+        self.ways = ways
+
+    def fit(self, reference: Reference) -> Blend:
+        """Fit each way."""
+        for way in self.ways:
+            way.fit(reference)
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return the mean of what the ways return."""
+        return np.mean([way(z, w) for way in self.ways], axis=0)
+
+
+def choose_way(
+    method: str,
+    module: DiscoverVAE,
+    source_codes: np.ndarray,
+    target_codes: np.ndarray,
+) -> tuple[Way, str]:
+    """Return the way that a method names, not fitted, and what it consists of.
+
+    Parameters
+    ----------
+    method
+        One of ``METHODS``.
+    module
+        The trained module, whose prior some ways use.
+    source_codes, target_codes
+        Condition codes, ``int64`` of shape ``(n_condition_keys,)``.
+
+    Returns
+    -------
+    The way and its description.
+
+    Raises
+    ------
+    ValueError
+        If there is no such method.
+    """
+    abduction = Abduction(module, source_codes, target_codes)
+    ways = {
+        "shift": Shift(),
+        "prior": Prior(module, target_codes),
+        "abduction": abduction,
+        "neighbors": Neighbors(),
+        "linear": Linear(),
+    }
+    if method in ways:
+        return ways[method], method
+    if method != "auto":
+        raise ValueError(
+            f"method is {method!r}; methods are {list(METHODS)}. Choose one of them; "
+            "'auto' is the default."
+        )
+    if isinstance(module.prior, LearnedPrior):
+        return Blend([abduction, Neighbors()]), "abduction + neighbors"
+    return Blend([Shift(), Neighbors()]), "shift + neighbors"

@@ -1,0 +1,16 @@
+"""Names under which tensors travel between the data loader, the module and the model."""
+
+CONDITION_KEY = "condition"
+
+Z_KEY = "z"
+W_KEY = "w"
+QZ_KEY = "qz"
+QW_KEY = "qw"
+PW_KEY = "pw"
+PX_KEY = "px"
+PX_SHARED_KEY = "px_shared"
+THETA_KEY = "theta"
+LIBRARY_KEY = "library"
+
+OBSM_Z_KEY = "X_discover_z"
+OBSM_W_KEY = "X_discover_w"

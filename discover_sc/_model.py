@@ -1,0 +1,732 @@
+"""DISCoVeR: set up AnnData, train, read latents and expression, predict counterfactuals."""
+
+from __future__ import annotations
+
+import warnings
+from math import ceil
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scvi import REGISTRY_KEYS, settings
+from scvi.data import AnnDataManager
+from scvi.data._utils import _check_if_view  # the public way refuses views
+from scvi.data.fields import (
+    CategoricalJointObsField,
+    CategoricalObsField,
+    LayerField,
+    NumericalJointObsField,
+    NumericalObsField,
+)
+from scvi.model.base import BaseModelClass, UnsupervisedTrainingMixin
+
+from ._expression import expected_expression
+from ._keys import CONDITION_KEY, OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY, QW_KEY, QZ_KEY
+from ._module import DiscoverVAE
+from ._prediction import predict_counterfactual
+from ._training_plan import DiscoverTrainingPlan, InvarianceStopping
+from .data._checks import (
+    check_columns,
+    check_conditions,
+    check_counts,
+    check_finite,
+    check_names,
+    check_no_missing,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+
+    from ._counterfactual import Method
+
+_MIN_STEPS = 2000
+_MIN_EPOCHS = 20
+
+
+class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
+    """What a cell is whatever was done to it (z), and what was done to it (w).
+
+    Variational learning of disentangled representations :cite:p:`Slavutsky2025`: two latents, two
+    parallel reconstructions (from z and w, and from z alone), and an adversary that must not find
+    the condition in z.
+
+    Parameters
+    ----------
+    adata
+        Data registered with :meth:`setup_anndata`.
+    n_latent
+        Dimensions of the shared latent z.
+    n_latent_specific
+        Dimensions of the condition-specific latent w; None: ``n_latent``.
+    n_hidden, n_layers
+        Width and number of the hidden layers of encoders and decoders.
+    dropout_rate
+        Dropout of the encoders, in [0, 1).
+    gene_likelihood
+        ``"nb"``, ``"zinb"``, ``"poisson"`` for counts; ``"normal"`` for log-normalised data.
+    dispersion
+        Inverse dispersion per ``"gene"``, or per gene and batch (``"gene-batch"``).
+    prior
+        Mean of w's prior: ``"learned"``, a network of z and the condition, or ``"class_mean"``,
+        the mean of z over the condition's cells (needs ``n_latent_specific == n_latent``).
+    adversary_input
+        What the adversary reads: the expression decoded from z (``"reconstruction"``, as
+        published), the posterior mean ``"z"``, or ``"both"``, which left the condition in z at
+        chance in a third of the steps.
+    invariance
+        ``"marginal"``: z independent of the condition. ``"conditional"``: independent given the
+        label, for data whose composition differs between conditions; needs ``labels_key``.
+    decoder
+        ``"nonlinear"``, or ``"linear"`` for gene loadings (:meth:`get_loadings`).
+    reconstruction_weight, shared_reconstruction_weight
+        Weights of the reconstructions from z and w, and from z alone.
+    kl_z_weight, kl_w_weight
+        Weights of the KL terms.
+    adversarial_weight
+        Weight of the adversarial term; 0 trains without adversary.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, arguments contradict each other, or a count likelihood
+        meets data that are not counts.
+
+    Examples
+    --------
+    >>> import discover_sc
+    >>> adata = discover_sc.data.simulate(200, 50)
+    >>> discover_sc.DISCoVeR.setup_anndata(adata, condition_key="condition")
+    >>> model = discover_sc.DISCoVeR(adata)
+    >>> model.train(max_epochs=2, enable_progress_bar=False)
+    >>> model.get_latent_representation(latent="w").shape
+    (200, 10)
+    """
+
+    _module_cls = DiscoverVAE
+    _training_plan_cls = DiscoverTrainingPlan
+
+    def __init__(
+        self,
+        adata: AnnData,
+        n_latent: int = 10,
+        n_latent_specific: int | None = None,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        gene_likelihood: Literal["nb", "zinb", "poisson", "normal"] = "nb",
+        dispersion: Literal["gene", "gene-batch"] = "gene",
+        prior: Literal["learned", "class_mean"] = "learned",
+        adversary_input: Literal["both", "reconstruction", "z"] = "both",
+        invariance: Literal["marginal", "conditional"] = "marginal",
+        decoder: Literal["nonlinear", "linear"] = "nonlinear",
+        reconstruction_weight: float = 0.8,
+        shared_reconstruction_weight: float = 0.2,
+        kl_z_weight: float = 1e-2,
+        kl_w_weight: float = 0.1,
+        adversarial_weight: float = 100.0,
+    ) -> None:
+        super().__init__(adata)
+        _check_choices(gene_likelihood, dispersion, prior, adversary_input, invariance, decoder)
+        if prior == "class_mean" and n_latent_specific not in (None, n_latent):
+            raise ValueError(
+                f"n_latent_specific is {n_latent_specific} and n_latent {n_latent}; the prior "
+                "'class_mean' puts means of z where w lies and needs them equal. Leave "
+                "n_latent_specific out, or choose prior='learned'."
+            )
+        if invariance == "conditional" and self.labels_key is None:
+            raise ValueError(
+                "invariance='conditional' means invariance given the label, and no labels are "
+                "registered. Pass labels_key to setup_anndata."
+            )
+        if gene_likelihood != "normal":
+            check_counts(self.adata, self._layer)
+        self.module = self._module_cls(
+            n_input=self.summary_stats.n_vars,
+            condition_targets=self._condition_targets(given_label=invariance == "conditional"),
+            n_batch=self.summary_stats.n_batch,
+            n_cats_per_cov=self._n_cats_per_covariate(),
+            n_continuous_cov=self.summary_stats.get("n_extra_continuous_covs", 0),
+            library_scale=self._library_scale(),
+            n_latent=n_latent,
+            n_latent_specific=n_latent_specific or n_latent,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            dropout_rate=dropout_rate,
+            gene_likelihood=gene_likelihood,
+            dispersion=dispersion,
+            prior=prior,
+            adversary_input=adversary_input,
+            invariance=invariance,
+            decoder=decoder,
+            reconstruction_weight=reconstruction_weight,
+            shared_reconstruction_weight=shared_reconstruction_weight,
+            kl_z_weight=kl_z_weight,
+            kl_w_weight=kl_w_weight,
+            adversarial_weight=adversarial_weight,
+        )
+        self._model_summary_string = (
+            f"DISCoVeR of {self.summary_stats.n_cells} cells x {self.summary_stats.n_vars} genes; "
+            f"conditions {self.conditions}; n_latent: {n_latent}, n_latent_specific: "
+            f"{n_latent_specific or n_latent}, gene_likelihood: {gene_likelihood}, prior: {prior}, "
+            f"adversary_input: {adversary_input}, invariance: {invariance}, decoder: {decoder}"
+        )
+        self.init_params_ = self._get_init_params(locals())
+
+    # ----------------------------------------------------------------------- setup
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        condition_key: str | list[str],
+        batch_key: str | None = None,
+        labels_key: str | None = None,
+        layer: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: list[str] | None = None,
+        continuous_covariate_keys: list[str] | None = None,
+        source_registry: dict | None = None,
+    ) -> None:
+        """Register the columns and the layer that the model reads.
+
+        A view becomes a copy of its own, its parent is left as it is.
+
+        Parameters
+        ----------
+        adata
+            Cells x genes; in memory or backed, dense, CSR or CSC.
+        condition_key
+            Column of ``adata.obs`` with the condition (treatment, disease, donor, ...), or a list
+            of columns: one adversary head per key.
+        batch_key
+            Column with the batch; both decoders are told it.
+        labels_key
+            Column with the cell type; read only for ``invariance="conditional"`` and for choosing
+            and evaluating counterfactuals.
+        layer
+            Layer with the counts; None: ``adata.X``.
+        size_factor_key
+            Column with positive size factors; only their ratios matter. None: total counts.
+        categorical_covariate_keys, continuous_covariate_keys
+            Columns with further covariates that both decoders are told.
+        source_registry
+            Registry of a saved model; passed by :meth:`load`.
+
+        Raises
+        ------
+        KeyError
+            If a column or the layer does not exist.
+        ValueError
+            If values are NaN or infinite, a condition is missing for a cell, there are fewer than
+            two conditions or one has fewer than 3 cells, a size factor is not positive, names are
+            not unique or the selection is empty.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        del setup_method_args["setup_args"]["source_registry"]
+        condition_keys = [condition_key] if isinstance(condition_key, str) else list(condition_key)
+        columns = {
+            "condition_key": condition_keys,
+            "batch_key": batch_key,
+            "labels_key": labels_key,
+            "size_factor_key": size_factor_key,
+            "categorical_covariate_keys": categorical_covariate_keys,
+            "continuous_covariate_keys": continuous_covariate_keys,
+        }
+        check_names(adata)
+        check_columns(adata, **columns)
+        check_no_missing(adata, **columns)
+        check_finite(adata, layer)
+        _check_size_factor(adata, size_factor_key)
+        if source_registry is None:
+            check_conditions(adata, condition_keys)
+        _check_if_view(adata, copy_if_view=True)
+        fields = [
+            LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=False),
+            CategoricalJointObsField(CONDITION_KEY, condition_keys),
+            CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key),
+            CategoricalObsField(REGISTRY_KEYS.LABELS_KEY, labels_key),
+            NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key, required=False),
+            CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical_covariate_keys),
+            NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous_covariate_keys),
+        ]
+        manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
+        manager.register_fields(adata, source_registry=source_registry)
+        cls.register_manager(manager)
+
+    @property
+    def _setup_args(self) -> dict:
+        return self.registry["setup_args"]
+
+    @property
+    def _layer(self) -> str | None:
+        return self._setup_args["layer"]
+
+    @property
+    def condition_keys(self) -> list[str]:
+        """Columns of ``adata.obs`` that hold the conditions."""
+        keys = self._setup_args["condition_key"]
+        return [keys] if isinstance(keys, str) else list(keys)
+
+    @property
+    def labels_key(self) -> str | None:
+        """Column of ``adata.obs`` that holds the cell type, if one was registered."""
+        return self._setup_args["labels_key"]
+
+    @property
+    def conditions(self) -> dict[str, list[str]]:
+        """Levels of each condition key, in the order of their codes."""
+        mappings = self.adata_manager.get_state_registry(CONDITION_KEY).mappings
+        return {key: [str(level) for level in mappings[key]] for key in self.condition_keys}
+
+    def _condition_codes(self) -> np.ndarray:
+        codes = self.adata_manager.get_from_registry(CONDITION_KEY)
+        return np.asarray(codes, dtype=np.int64).reshape(self.adata.n_obs, -1)
+
+    def _condition_targets(self, *, given_label: bool) -> list[torch.Tensor]:
+        """Return per key the level frequencies, ``(n_labels or 1, n_levels)``."""
+        codes = self._condition_codes()
+        labels = np.zeros(len(codes), dtype=int)
+        if given_label:
+            labels = self.adata_manager.get_from_registry(REGISTRY_KEYS.LABELS_KEY).ravel()
+        n_labels = self.summary_stats.n_labels if given_label else 1
+        targets = []
+        for key, levels in enumerate(self.conditions.values()):
+            counts = np.zeros((n_labels, len(levels)))
+            np.add.at(counts, (labels, codes[:, key]), 1)
+            frequencies = counts / counts.sum(axis=1, keepdims=True)
+            targets.append(torch.as_tensor(frequencies, dtype=torch.float32))
+        return targets
+
+    def _n_cats_per_covariate(self) -> list[int]:
+        if REGISTRY_KEYS.CAT_COVS_KEY not in self.adata_manager.data_registry:
+            return []
+        return list(self.adata_manager.get_state_registry(REGISTRY_KEYS.CAT_COVS_KEY).n_cats_per_key)
+
+    def _library_scale(self) -> float | None:
+        """Return the total count that a size factor of 1 stands for, if there are size factors."""
+        if REGISTRY_KEYS.SIZE_FACTOR_KEY not in self.adata_manager.data_registry:
+            return None
+        factors = self.adata_manager.get_from_registry(REGISTRY_KEYS.SIZE_FACTOR_KEY)
+        x = self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+        return float(x.sum() / np.asarray(factors, dtype=float).sum())
+
+    # -------------------------------------------------------------------- training
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        load_sparse_tensor: bool = False,
+        batch_size: int = 128,
+        early_stopping: bool = False,
+        datasplitter_kwargs: dict | None = None,
+        plan_kwargs: dict | None = None,
+        **trainer_kwargs: object,
+    ) -> None:
+        """Train the model against its adversary.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells. None: as many as make 2,000 steps, and at least 20
+            (the game counts steps, not epochs).
+        accelerator, devices
+            Where to train; see :class:`lightning.pytorch.Trainer`.
+        train_size
+            Share of the cells that are trained on, in (0, 1]; None: 0.9.
+        validation_size
+            Share of held-out cells; None: the rest.
+        shuffle_set_split
+            Draw the split at random.
+        load_sparse_tensor
+            Move sparse minibatches to the device as sparse tensors.
+        batch_size
+            Cells in a minibatch.
+        early_stopping
+            Stop when fresh probes on held-out cells cannot tell the condition from z
+            (:class:`~discover_sc.InvarianceStopping`). With ``early_stopping_monitor``, a key of
+            ``history``, scvi-tools' own early stopping on that metric instead.
+        datasplitter_kwargs
+            Further arguments of :class:`scvi.dataloaders.DataSplitter`.
+        plan_kwargs
+            Arguments of the training plan: ``lr``, ``adversary_lr``, ``weight_decay``, ``eps``,
+            ``n_adversary_steps``, ``gradient_clip_val``, ``n_epochs_kl_warmup``,
+            ``n_steps_kl_warmup``, ``min_kl_weight``, ``max_kl_weight``, ``reduce_lr_on_plateau``,
+            ``lr_factor``, ``lr_patience``, ``lr_threshold``, ``lr_scheduler_metric``, ``lr_min``.
+        **trainer_kwargs
+            Arguments of :class:`scvi.train.Trainer`; ``gradient_clip_val`` goes to the plan.
+
+        Raises
+        ------
+        FloatingPointError
+            If a term of the loss is not finite; the model keeps its last finite state.
+
+        Notes
+        -----
+        ``history`` holds per epoch, with suffix ``_train`` and ``_validation``:
+        ``reconstruction_loss``, ``shared_reconstruction_loss``, ``kl_z``, ``kl_w``, ``kl_local``,
+        ``elbo``, ``adversary_cross_entropy``, ``adversary_accuracy``, ``adversary_entropy`` (nats
+        per cell, accuracy in [0, 1]); ``train_loss`` and ``validation_loss``, the adversarial term
+        included; and the level of an adversary that reads nothing,
+        ``adversary_chance_accuracy`` and ``adversary_chance_cross_entropy``. The adversary's
+        accuracy is no measure of invariance: judge that with
+        :func:`~discover_sc.evaluation.report`.
+        """
+        plan_kwargs = dict(plan_kwargs or {})
+        if "gradient_clip_val" in trainer_kwargs:  # Lightning refuses it under two optimisers
+            plan_kwargs["gradient_clip_val"] = trainer_kwargs.pop("gradient_clip_val")
+        if early_stopping and "early_stopping_monitor" not in trainer_kwargs:
+            early_stopping = False
+            callbacks = [*trainer_kwargs.pop("callbacks", []), InvarianceStopping()]
+            trainer_kwargs["callbacks"] = callbacks
+        trainer_kwargs.setdefault("check_val_every_n_epoch", 1)
+        if max_epochs is None:
+            n_train = ceil((train_size or 0.9) * self.adata.n_obs)
+            max_epochs = max(_MIN_EPOCHS, ceil(_MIN_STEPS / ceil(n_train / batch_size)))
+        try:
+            super().train(
+                max_epochs=max_epochs,
+                accelerator=accelerator,
+                devices=devices,
+                train_size=train_size,
+                validation_size=validation_size,
+                shuffle_set_split=shuffle_set_split,
+                load_sparse_tensor=load_sparse_tensor,
+                batch_size=batch_size,
+                early_stopping=early_stopping,
+                datasplitter_kwargs=datasplitter_kwargs,
+                plan_kwargs=plan_kwargs,
+                **trainer_kwargs,
+            )
+        except FloatingPointError:
+            self.module.eval()
+            self.is_trained_ = self.is_trained_ or len(self.history["train_loss"]) > 1
+            raise
+
+    # --------------------------------------------------------------------- latents
+
+    @torch.inference_mode()
+    def get_latent_representation(
+        self,
+        adata: AnnData | None = None,
+        latent: Literal["z", "w"] = "z",
+        give_mean: bool = True,
+        return_dist: bool = False,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Shared (z) or condition-specific (w) latent of each cell.
+
+        Parameters
+        ----------
+        adata
+            Cells; None: those the model was set up with.
+        latent
+            ``"z"`` or ``"w"``.
+        give_mean
+            Posterior mean; otherwise one draw from the posterior.
+        return_dist
+            Return posterior mean and *variance* instead.
+        indices
+            Cells to encode, in this order; None: all.
+        batch_size
+            Cells in a minibatch; None: ``scvi.settings.batch_size``.
+
+        Returns
+        -------
+        Shape ``(n_cells, n_latent)``; with ``return_dist`` a pair of them.
+
+        Raises
+        ------
+        ValueError
+            If ``latent`` is neither, or the cells do not fit the model.
+        """
+        if latent not in ("z", "w"):
+            raise ValueError(f"latent is {latent!r}; it must be 'z' (shared) or 'w' (specific).")
+        self._check_if_trained(warn=False, message=_UNTRAINED)
+        adata = self._validate_anndata(adata)
+        key = QZ_KEY if latent == "z" else QW_KEY
+        means, variances, draws = [], [], []
+        for tensors in self._make_data_loader(adata, indices=indices, batch_size=batch_size):
+            posterior = self.module.inference(**self.module._get_inference_input(tensors))[key]
+            means.append(posterior.loc.cpu().numpy())
+            if return_dist:
+                variances.append(posterior.variance.cpu().numpy())
+            elif not give_mean:
+                draws.append(posterior.sample().cpu().numpy())
+        if return_dist:
+            return np.concatenate(means), np.concatenate(variances)
+        return np.concatenate(means if give_mean else draws)
+
+    def write_latents(self, adata: AnnData | None = None) -> None:
+        """Write posterior means into ``.obsm["X_discover_z"]`` and ``.obsm["X_discover_w"]``.
+
+        Parameters
+        ----------
+        adata
+            Cells to encode and to write to; None: those the model was set up with.
+        """
+        target = self.adata if adata is None else adata
+        for key, latent in ((OBSM_Z_KEY, "z"), (OBSM_W_KEY, "w")):
+            target.obsm[key] = self.get_latent_representation(target, latent=latent)
+
+    def get_loadings(self) -> pd.DataFrame:
+        """Weights of z and w on the log expression of each gene, of the full reconstruction.
+
+        Returns
+        -------
+        Genes x latents, columns ``z_0``, ..., ``w_0``, ...
+
+        Raises
+        ------
+        ValueError
+            If the decoder is not linear.
+        """
+        if self.init_params_["non_kwargs"]["decoder"] != "linear":
+            raise ValueError(
+                "decoder is 'nonlinear' and has no loadings; they exist for decoder='linear'. "
+                "Train a model with DISCoVeR(adata, decoder='linear')."
+            )
+        weight = self.module.decoder.loadings.weight[: self.summary_stats.n_vars]
+        n_z = self.module.n_latent
+        columns = [f"z_{k}" if k < n_z else f"w_{k - n_z}" for k in range(weight.shape[1])]
+        return pd.DataFrame(weight.detach().cpu().numpy(), self.adata.var_names, columns)
+
+    # ------------------------------------------------------------------ expression
+
+    def get_normalized_expression(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        return_numpy: bool | None = None,
+    ) -> pd.DataFrame | np.ndarray:
+        """Expression decoded from z and w: denoised, as fractions or at a library size.
+
+        Parameters
+        ----------
+        adata
+            Cells; None: those the model was set up with.
+        indices
+            Cells to decode; None: all.
+        transform_batch
+            Batch to decode under, or several that are averaged; None: each cell's own.
+        gene_list
+            Genes to return; None: all.
+        library_size
+            Total expression of each cell; ``"latent"``: the cell's own library size. Has no
+            meaning, and no effect, under ``gene_likelihood="normal"``.
+        n_samples
+            Posterior draws.
+        n_samples_overall
+            Return this many draws, of cells drawn at random with replacement.
+        batch_size
+            Cells in a minibatch; None: ``scvi.settings.batch_size``.
+        return_mean
+            Average the draws of each cell.
+        return_numpy
+            Return an array; None: a DataFrame where the result is cells x genes.
+
+        Returns
+        -------
+        ``(n_cells, n_genes)``; ``(n_samples, n_cells, n_genes)`` with ``return_mean=False`` and
+        several draws; ``(n_samples_overall, n_genes)``.
+
+        Raises
+        ------
+        ValueError
+            If a batch or a gene is unknown.
+        """
+        return expected_expression(
+            self,
+            PX_KEY,
+            adata,
+            indices,
+            transform_batch,
+            gene_list,
+            library_size,
+            n_samples,
+            n_samples_overall,
+            batch_size,
+            return_mean,
+            return_numpy,
+        )
+
+    def get_shared_expression(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        return_numpy: bool | None = None,
+    ) -> pd.DataFrame | np.ndarray:
+        """Expression decoded from z alone: what the cell is, whatever was done to it.
+
+        Arguments, result and errors are those of :meth:`get_normalized_expression`.
+        """
+        return expected_expression(
+            self,
+            PX_SHARED_KEY,
+            adata,
+            indices,
+            transform_batch,
+            gene_list,
+            library_size,
+            n_samples,
+            n_samples_overall,
+            batch_size,
+            return_mean,
+            return_numpy,
+        )
+
+    # -------------------------------------------------------------- counterfactuals
+
+    def predict_counterfactual(
+        self,
+        adata: AnnData,
+        to: str | dict[str, str],
+        method: Method = "auto",
+        n_samples: int = 25,
+        interval: float = 0.9,
+        library_size: float = 1e4,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> AnnData:
+        """Predict the same cells under another condition.
+
+        Parameters
+        ----------
+        adata
+            *Source* cells, for example the controls of a cell type that was never treated.
+        to
+            Level of the condition, or ``{condition_key: level}``; keys that are not named keep
+            each cell's level.
+        method
+            How w is replaced; see the user guide. ``"shift"`` adds the mean change of w,
+            ``"neighbors"`` that of neighbours in z, ``"linear"`` the difference of two ridge
+            regressions of w on z, ``"prior"`` takes the learned prior's mean, ``"abduction"``
+            adds the difference of the prior's means. ``"auto"`` averages abduction and neighbors (shift and
+            neighbors under ``prior="class_mean"``), and moves the prediction half-way to the observed
+            profile of the source group where the decoder misses it.
+        n_samples
+            Posterior draws per cell, at least 2.
+        interval
+            Nominal coverage of ``lower`` to ``upper``, in (0, 1).
+        library_size
+            Total expression of each predicted cell in ``.X``, ``lower`` and ``upper``. Has no
+            effect under ``gene_likelihood="normal"``.
+        batch_size
+            Cells in a minibatch; None: ``scvi.settings.batch_size``.
+        seed
+            Seed of the draws; the global random state is left alone.
+
+        Returns
+        -------
+        New AnnData, same cells and genes. ``.X``: expected expression. ``.layers["lower"]``,
+        ``.layers["upper"]``: quantiles of the expected expression over posterior draws (they hold
+        neither sampling noise nor the error of the method). ``.layers["counts"]``: one
+        posterior-predictive draw at the cell's own library size. ``.obsm["X_discover_w"]``: the
+        new w. ``.obs``: as the source, with the target condition and, as
+        ``"<condition_key>_source"``, the one it came from.
+        ``.uns["discover_counterfactual"]``: what was done.
+
+        Raises
+        ------
+        ValueError
+            If a level, key or method is unknown, or an argument out of range.
+        """
+        self._check_if_trained(warn=False, message=_UNTRAINED)
+        return predict_counterfactual(
+            self, adata, to, method, n_samples, interval, library_size, batch_size, seed
+        )
+
+    # ------------------------------------------------------------------- input, repr
+
+    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
+        """Check cells that are new to the model, put their genes in order, register them."""
+        if adata is not None and adata is not self.adata:
+            adata = self._check_new_cells(adata)
+        return super()._validate_anndata(adata, copy_if_view=copy_if_view)
+
+    def _check_new_cells(self, adata: AnnData) -> AnnData:
+        check_names(adata)
+        trained_on = pd.Index(self.adata.var_names)
+        missing = trained_on.difference(adata.var_names, sort=False)
+        if len(missing):
+            raise ValueError(
+                f"{len(missing)} genes of the model are missing in adata: {list(missing[:10])}"
+                f"{' ...' if len(missing) > 10 else ''}. All {len(trained_on)} are needed. Use the "
+                "genes the model was trained on."
+            )
+        check_columns(adata, condition_key=self.condition_keys)
+        check_no_missing(adata, condition_key=self.condition_keys)
+        for key, levels in self.conditions.items():
+            unknown = sorted(set(adata.obs[key].astype(str)) - set(levels))
+            if unknown:
+                raise ValueError(
+                    f"Conditions {unknown} of adata.obs[{key!r}] are not known to the model; known "
+                    f"are {levels}. Remove these cells or train with them."
+                )
+        check = check_finite if self.module.gene_likelihood == "normal" else check_counts
+        with warnings.catch_warnings():
+            # genes without counts among a few new cells are no news
+            warnings.filterwarnings("ignore", message=".*genes of .* have zero counts")
+            check(adata, self._layer)
+        same_order = len(adata.var_names) == len(trained_on) and (adata.var_names == trained_on).all()
+        return adata if same_order else adata[:, trained_on].copy()
+
+    def __repr__(self) -> str:
+        return f"{self._model_summary_string}; trained: {self.is_trained_}"
+
+
+_UNTRAINED = "The model has not been trained; it knows nothing yet. Call model.train() first."
+
+
+def _check_choices(
+    gene_likelihood: str,
+    dispersion: str,
+    prior: str,
+    adversary_input: str,
+    invariance: str,
+    decoder: str,
+) -> None:
+    accepted = {
+        "gene_likelihood": (gene_likelihood, ("nb", "zinb", "poisson", "normal")),
+        "dispersion": (dispersion, ("gene", "gene-batch")),
+        "prior": (prior, ("learned", "class_mean")),
+        "adversary_input": (adversary_input, ("both", "reconstruction", "z")),
+        "invariance": (invariance, ("marginal", "conditional")),
+        "decoder": (decoder, ("nonlinear", "linear")),
+    }
+    for name, (value, choices) in accepted.items():
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; it must be one of {list(choices)}. Choose one.")
+
+
+def _check_size_factor(adata: AnnData, size_factor_key: str | None) -> None:
+    if size_factor_key is None:
+        return
+    smallest = float(np.min(adata.obs[size_factor_key].to_numpy(dtype=float)))
+    if not smallest > 0:
+        raise ValueError(
+            f"size_factor_key: adata.obs[{size_factor_key!r}] goes down to {smallest:g}; size "
+            "factors are positive. Recompute them, or remove these cells."
+        )

@@ -1,0 +1,406 @@
+"""The generative model, its inference and its objective; the adversary lives here too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from scvi import REGISTRY_KEYS
+from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
+from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
+from torch import nn
+
+from ._keys import (
+    CONDITION_KEY,
+    LIBRARY_KEY,
+    PW_KEY,
+    PX_KEY,
+    PX_SHARED_KEY,
+    QW_KEY,
+    QZ_KEY,
+    THETA_KEY,
+    W_KEY,
+    Z_KEY,
+)
+from ._losses import (
+    adversarial_loss,
+    adversary_cross_entropy,
+    adversary_entropy,
+    kl_to_standard_normal,
+    kl_to_unit_normal,
+    reconstruction_losses,
+)
+from ._networks import Adversary, Decoder, Encoder, LinearDecoder
+from ._priors import ClassMeanPrior, LearnedPrior
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+class DiscoverVAE(BaseModuleClass):
+    """Variational auto-encoder with two latents, two reconstructions and an adversary.
+
+    Parameters
+    ----------
+    n_input
+        Number of genes.
+    condition_targets
+        One tensor per condition key, ``(n_labels or 1, n_levels)``, rows summing to 1: what is
+        known of the condition without the latent, given the label or not.
+    n_batch
+        Number of batches.
+    n_cats_per_cov
+        Number of categories of each categorical covariate.
+    n_continuous_cov
+        Number of continuous covariates.
+    library_scale
+        Total count that a size factor of 1 stands for; None where libraries are observed.
+    n_latent, n_latent_specific
+        Dimensions of z and of w.
+    n_hidden, n_layers
+        Width and number of the hidden layers of encoders and decoders.
+    dropout_rate
+        Dropout of the encoders, in [0, 1).
+    gene_likelihood, dispersion, prior, adversary_input, invariance, decoder
+        See :class:`~discover_sc.DISCoVeR`.
+    reconstruction_weight, shared_reconstruction_weight, kl_z_weight, kl_w_weight
+        Weights of the terms of the bound.
+    adversarial_weight
+        Weight of the adversarial term.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        condition_targets: Sequence[Tensor],
+        n_batch: int = 1,
+        n_cats_per_cov: Sequence[int] = (),
+        n_continuous_cov: int = 0,
+        library_scale: float | None = None,
+        n_latent: int = 10,
+        n_latent_specific: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        gene_likelihood: Literal["nb", "zinb", "poisson", "normal"] = "nb",
+        dispersion: Literal["gene", "gene-batch"] = "gene",
+        prior: Literal["learned", "class_mean"] = "learned",
+        adversary_input: Literal["both", "reconstruction", "z"] = "both",
+        invariance: Literal["marginal", "conditional"] = "marginal",
+        decoder: Literal["nonlinear", "linear"] = "nonlinear",
+        reconstruction_weight: float = 0.8,
+        shared_reconstruction_weight: float = 0.2,
+        kl_z_weight: float = 1e-2,
+        kl_w_weight: float = 0.1,
+        adversarial_weight: float = 100.0,
+    ) -> None:
+        super().__init__()
+        self.n_input = n_input
+        self.n_latent = n_latent
+        self.gene_likelihood = gene_likelihood
+        self.dispersion = dispersion
+        self.invariance = invariance
+        self.reconstruction_weight = reconstruction_weight
+        self.shared_reconstruction_weight = shared_reconstruction_weight
+        self.kl_z_weight = kl_z_weight
+        self.kl_w_weight = kl_w_weight
+        self.adversarial_weight = adversarial_weight
+        self.n_levels = [target.shape[1] for target in condition_targets]
+        for key, target in enumerate(condition_targets):
+            self.register_buffer(f"condition_target_{key}", target)
+        self.register_buffer("library_scale", torch.tensor(library_scale or 1.0))
+
+        sizes = (n_hidden, n_layers, dropout_rate)
+        self.z_encoder = Encoder(n_input, n_latent, *sizes)
+        self.w_encoder = Encoder(n_input, n_latent_specific, *sizes, self.n_levels)
+        self.prior = (
+            LearnedPrior(n_latent, n_latent_specific, n_hidden, self.n_levels)
+            if prior == "learned"
+            else ClassMeanPrior(n_latent, self.n_levels)
+        )
+        n_cats = [n for n in (n_batch, *n_cats_per_cov) if n > 1]
+        self.uses_batch = n_batch > 1
+        self._used_covariates = [k for k, n in enumerate(n_cats_per_cov) if n > 1]
+        self.has_covariates = bool(n_cats) or n_continuous_cov > 0
+        n_output = 2 * n_input if gene_likelihood == "zinb" else n_input
+        covariates = (n_cats, n_continuous_cov)
+        for name, n in (("decoder", n_latent + n_latent_specific), ("shared_decoder", n_latent)):
+            network = (
+                LinearDecoder(n, n_output, *covariates)
+                if decoder == "linear"
+                else Decoder(n, n_output, n_hidden, n_layers, *covariates)
+            )
+            self.add_module(name, network)
+        n_dispersions = n_batch if dispersion == "gene-batch" else 1
+        self.log_theta = nn.Parameter(1.0 + 0.1 * torch.randn(n_dispersions, n_input))
+
+        widths = {"z": n_latent, "reconstruction": n_input}
+        self.adversary = Adversary(
+            {k: n for k, n in widths.items() if adversary_input in (k, "both")},
+            self.n_levels,
+            len(condition_targets[0]) if invariance == "conditional" else 0,
+        )
+
+    # ------------------------------------------------------------------ inference
+
+    def _get_inference_input(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        return {
+            "x": tensors[REGISTRY_KEYS.X_KEY],
+            "condition_index": tensors[CONDITION_KEY].long(),  # arrives as float32
+            "size_factor": tensors.get(REGISTRY_KEYS.SIZE_FACTOR_KEY),
+        }
+
+    @auto_move_data
+    def inference(
+        self, x: Tensor, condition_index: Tensor, size_factor: Tensor | None = None
+    ) -> dict[str, Tensor | torch.distributions.Normal]:
+        """Return the posteriors of z and w, one draw of each, and the log library size.
+
+        Parameters
+        ----------
+        x
+            Expression of shape ``(n_cells, n_genes)``.
+        condition_index
+            Codes, ``int64`` of shape ``(n_cells, n_condition_keys)``.
+        size_factor
+            Positive, of shape ``(n_cells, 1)``, or None: the total count of the cell.
+        """
+        encoded = x if self.gene_likelihood == "normal" else torch.log1p(x)
+        qz = self.z_encoder(encoded, condition_index)
+        qw = self.w_encoder(encoded, condition_index)
+        total = x.sum(-1, keepdim=True) if size_factor is None else size_factor
+        return {
+            QZ_KEY: qz,
+            QW_KEY: qw,
+            Z_KEY: qz.rsample(),
+            W_KEY: qw.rsample(),
+            LIBRARY_KEY: torch.log(total * self.library_scale),
+        }
+
+    # ----------------------------------------------------------------- generative
+
+    def covariates(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the batch codes, all categorical codes that are decoded, and the continuous."""
+        batch_index = tensors[REGISTRY_KEYS.BATCH_KEY].long()
+        parts = [batch_index] if self.uses_batch else []
+        if self._used_covariates:
+            parts.append(tensors[REGISTRY_KEYS.CAT_COVS_KEY].long()[:, self._used_covariates])
+        categories = torch.cat(parts, dim=1) if parts else batch_index[:, :0]
+        return batch_index, categories, tensors.get(REGISTRY_KEYS.CONT_COVS_KEY)
+
+    def _get_generative_input(
+        self, tensors: dict[str, Tensor], inference_outputs: dict
+    ) -> dict[str, Tensor | None]:
+        batch_index, categories, continuous = self.covariates(tensors)
+        return {
+            "z": inference_outputs[Z_KEY],
+            "w": inference_outputs[W_KEY],
+            "library": inference_outputs[LIBRARY_KEY],
+            "condition_index": tensors[CONDITION_KEY].long(),
+            "batch_index": batch_index,
+            "categories": categories,
+            "continuous": continuous,
+        }
+
+    @auto_move_data
+    def generative(
+        self,
+        z: Tensor,
+        w: Tensor,
+        library: Tensor,
+        condition_index: Tensor,
+        batch_index: Tensor,
+        categories: Tensor,
+        continuous: Tensor | None,
+    ) -> dict[str, Tensor | torch.distributions.Distribution]:
+        """Return both likelihoods, from z and w and from z alone, and the prior mean of w."""
+        theta = self.theta(batch_index)
+        covariates = (categories, continuous)
+        return {
+            PX_KEY: self._likelihood(
+                self.decoder(torch.cat([z, w], dim=-1), *covariates), library, theta
+            ),
+            PX_SHARED_KEY: self._likelihood(
+                self.shared_decoder(z, *covariates), library, theta
+            ),
+            PW_KEY: self.prior(z, condition_index),
+            THETA_KEY: theta,
+        }
+
+    @auto_move_data
+    def decode(
+        self, z: Tensor, w: Tensor, library: Tensor, tensors: dict[str, Tensor]
+    ) -> torch.distributions.Distribution:
+        """Return the likelihood of given latents under the covariates of a minibatch."""
+        batch_index, *covariates = self.covariates(tensors)
+        output = self.decoder(torch.cat([z, w], dim=-1), *covariates)
+        return self._likelihood(output, library, self.theta(batch_index))
+
+    def theta(self, batch_index: Tensor) -> Tensor:
+        """Return the inverse dispersion, positive, ``(1 or n_cells, n_genes)``."""
+        theta = torch.exp(self.log_theta)
+        return theta[batch_index.squeeze(-1)] if self.dispersion == "gene-batch" else theta
+
+    def _likelihood(
+        self, output: Tensor, library: Tensor, theta: Tensor
+    ) -> torch.distributions.Distribution:
+        if self.gene_likelihood == "normal":
+            # theta is an inverse variance here
+            return Normal(output, torch.rsqrt(theta).expand_as(output), normal_mu=output)
+        if self.gene_likelihood == "zinb":
+            output, zi_logits = output.chunk(2, dim=-1)
+        scale = F.softmax(output, dim=-1)
+        rate = torch.exp(library) * scale
+        if self.gene_likelihood == "poisson":
+            return Poisson(rate=rate, scale=scale)
+        if self.gene_likelihood == "zinb":
+            return ZeroInflatedNegativeBinomial(
+                mu=rate, theta=theta, zi_logits=zi_logits, scale=scale
+            )
+        return NegativeBinomial(mu=rate, theta=theta, scale=scale)
+
+    # ------------------------------------------------------------------ objective
+
+    def loss(
+        self,
+        tensors: dict[str, Tensor],
+        inference_outputs: dict,
+        generative_outputs: dict,
+        kl_weight: float = 1.0,
+    ) -> LossOutput:
+        """Return the weighted negative bounds, without the adversarial term, and their parts."""
+        x = tensors[REGISTRY_KEYS.X_KEY]
+        reconstruction, shared = reconstruction_losses(
+            x,
+            [generative_outputs[PX_KEY], generative_outputs[PX_SHARED_KEY]],
+            generative_outputs[THETA_KEY],
+        )
+        kl_z = kl_to_standard_normal(inference_outputs[QZ_KEY])
+        kl_w = kl_to_unit_normal(inference_outputs[QW_KEY], generative_outputs[PW_KEY])
+        if self.training:
+            condition_index = tensors[CONDITION_KEY].long()
+            self.prior.update(inference_outputs[QZ_KEY].loc.detach(), condition_index)
+        loss = (
+            self.reconstruction_weight * reconstruction
+            + self.shared_reconstruction_weight * shared
+            + kl_weight * (self.kl_z_weight * kl_z + self.kl_w_weight * kl_w)
+        )
+        return LossOutput(
+            loss=loss.mean(),
+            reconstruction_loss=reconstruction,
+            kl_local={"kl_z": kl_z, "kl_w": kl_w},
+            extra_metrics={
+                "shared_reconstruction_loss": shared.detach().mean(),
+                "kl_z": kl_z.detach().mean(),
+                "kl_w": kl_w.detach().mean(),
+            },
+        )
+
+    # ------------------------------------------------------------------- the game
+
+    def adversary_representations(
+        self, tensors: dict[str, Tensor], inference_outputs: dict, generative_outputs: dict
+    ) -> dict[str, Tensor]:
+        """Return what the adversary reads of each cell.
+
+        The posterior mean of z, noise-free, because that is what users and probes read; and the
+        logarithm of the expression decoded from z, in multiples of the mean gene so that neither
+        depth nor the number of genes changes its scale. Covariates are permuted between cells
+        before that decoding: a batch that goes with a condition would tell it.
+        """
+        representations = {"z": inference_outputs[QZ_KEY].loc}
+        if "reconstruction" in self.adversary.first:
+            px_shared = generative_outputs[PX_SHARED_KEY]
+            if self.has_covariates:
+                px_shared = self._decode_with_permuted_covariates(tensors, inference_outputs)
+            representations["reconstruction"] = (
+                px_shared.loc
+                if self.gene_likelihood == "normal"
+                else torch.log1p(self.n_input * px_shared.scale)
+            )
+        return {k: v for k, v in representations.items() if k in self.adversary.first}
+
+    def _decode_with_permuted_covariates(
+        self, tensors: dict[str, Tensor], inference_outputs: dict
+    ) -> torch.distributions.Distribution:
+        batch_index, categories, continuous = self.covariates(tensors)
+        order = torch.randperm(len(batch_index), device=batch_index.device)
+        output = self.shared_decoder(
+            inference_outputs[Z_KEY],
+            categories[order],
+            None if continuous is None else continuous[order],
+        )
+        return self._likelihood(
+            output, inference_outputs[LIBRARY_KEY], self.theta(batch_index[order])
+        )
+
+    def _labels(self, tensors: dict[str, Tensor]) -> Tensor:
+        return tensors[REGISTRY_KEYS.LABELS_KEY].long()
+
+    def _targets(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        """Return per condition key what is known without the latent, (1 or n_cells, n_levels)."""
+        targets = [getattr(self, f"condition_target_{k}") for k in range(len(self.n_levels))]
+        if self.invariance == "conditional":
+            labels = self._labels(tensors).squeeze(-1)
+            return [target[labels] for target in targets]
+        return targets
+
+    def adversary_loss(self, representations: dict, tensors: dict[str, Tensor]) -> Tensor:
+        """Return the cross-entropy that the adversary minimises, summed over its classifiers."""
+        condition_index = tensors[CONDITION_KEY].long()
+        per_key = self.adversary(representations, self._labels(tensors))
+        return sum(
+            adversary_cross_entropy(logits, condition_index[:, key]).mean()
+            for key, classifiers in enumerate(per_key)
+            for logits in classifiers
+        )
+
+    def game(
+        self, representations: dict, tensors: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the adversarial loss of the model, and how well the adversary does.
+
+        Returns
+        -------
+        The loss, 0-d, in nats, summed over keys and classifiers; and ``adversary_cross_entropy``,
+        ``adversary_accuracy`` and ``adversary_entropy``, 0-d, averaged over them.
+        """
+        condition_index = tensors[CONDITION_KEY].long()
+        per_key = self.adversary(representations, self._labels(tensors))
+        losses, cross_entropy, accuracy, entropy = [], [], [], []
+        for key, (classifiers, target) in enumerate(
+            zip(per_key, self._targets(tensors), strict=True)
+        ):
+            truth = condition_index[:, key]
+            for logits in classifiers:
+                losses.append(adversarial_loss(logits, target).mean())
+                with torch.no_grad():
+                    cross_entropy.append(adversary_cross_entropy(logits, truth).mean())
+                    accuracy.append((logits.argmax(-1) == truth).float().mean())
+                    entropy.append(adversary_entropy(logits).mean())
+        metrics = {
+            "adversary_cross_entropy": torch.stack(cross_entropy).mean(),
+            "adversary_accuracy": torch.stack(accuracy).mean(),
+            "adversary_entropy": torch.stack(entropy).mean(),
+        }
+        return sum(losses), metrics
+
+    def chance(self) -> dict[str, float]:
+        """Return what the adversary reaches without reading anything, averaged over the keys.
+
+        ``adversary_chance_accuracy`` always names the most frequent level;
+        ``adversary_chance_cross_entropy`` is the entropy of the level frequencies, in nats. Under
+        conditional invariance both are given the label, averaged over labels.
+        """
+        accuracy, entropy = [], []
+        for key in range(len(self.n_levels)):
+            target = getattr(self, f"condition_target_{key}")
+            accuracy.append(target.amax(-1).mean())
+            entropy.append(torch.special.entr(target).sum(-1).mean())
+        return {
+            "adversary_chance_accuracy": float(torch.stack(accuracy).mean()),
+            "adversary_chance_cross_entropy": float(torch.stack(entropy).mean()),
+        }

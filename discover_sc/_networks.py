@@ -1,0 +1,212 @@
+"""Encoders, decoders and the adversary: tensors in, distributions and logits out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributions import Normal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_MIN_SCALE = 1e-4  # keeps the logarithm of a posterior's standard deviation finite
+_ADVERSARY_HIDDEN = 128
+
+
+class Covariates(nn.Module):
+    """Sum of one learned vector per category and a linear map of continuous covariates.
+
+    One embedding per key, so that a key that gains categories leaves the others where they are.
+
+    Parameters
+    ----------
+    n_cats_per_key
+        Number of categories of each categorical key.
+    n_continuous
+        Number of continuous covariates.
+    n_output
+        Length of the vector that is added to the hidden layer.
+    """
+
+    def __init__(self, n_cats_per_key: Sequence[int], n_continuous: int, n_output: int) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleList(nn.Embedding(n, n_output) for n in n_cats_per_key)
+        for embedding in self.embeddings:
+            nn.init.normal_(embedding.weight, std=0.1)
+        self.linear = nn.Linear(n_continuous, n_output, bias=False) if n_continuous else None
+
+    def forward(self, categories: Tensor, continuous: Tensor | None) -> Tensor | float:
+        """Return the summed vectors, ``(n_cells, n_output)``; 0 where there is no covariate.
+
+        Parameters
+        ----------
+        categories
+            Codes, ``int64`` of shape ``(n_cells, n_keys)``.
+        continuous
+            Values of shape ``(n_cells, n_continuous)``, or None.
+        """
+        vectors = [e(categories[:, k]) for k, e in enumerate(self.embeddings)]
+        if self.linear is not None:
+            vectors.append(self.linear(continuous))
+        return sum(vectors) if vectors else 0.0
+
+
+class HiddenLayers(nn.Module):
+    """Linear, batch normalisation, ReLU, dropout; covariates enter before the normalisation.
+
+    Batch normalisation is not a detail: with layer normalisation the adversarial game oscillated
+    and the cell type was lost from `z`.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_hidden: int,
+        n_layers: int,
+        dropout_rate: float,
+        n_cats_per_key: Sequence[int] = (),
+        n_continuous: int = 0,
+    ) -> None:
+        super().__init__()
+        self.first = nn.Linear(n_input, n_hidden)
+        self.covariates = Covariates(n_cats_per_key, n_continuous, n_hidden)
+        self.activation = _activation(n_hidden, dropout_rate)
+        self.rest = nn.Sequential(
+            *(
+                nn.Sequential(nn.Linear(n_hidden, n_hidden), _activation(n_hidden, dropout_rate))
+                for _ in range(n_layers - 1)
+            )
+        )
+
+    def forward(self, x: Tensor, categories: Tensor, continuous: Tensor | None = None) -> Tensor:
+        """Return the last hidden layer, ``(n_cells, n_hidden)``."""
+        return self.rest(self.activation(self.first(x) + self.covariates(categories, continuous)))
+
+
+def _activation(n_hidden: int, dropout_rate: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm1d(n_hidden, momentum=0.01, eps=0.001), nn.ReLU(), nn.Dropout(dropout_rate)
+    )
+
+
+class Encoder(nn.Module):
+    """Amortised posterior: transformed expression (and conditions) to a diagonal normal."""
+
+    def __init__(
+        self,
+        n_input: int,
+        n_output: int,
+        n_hidden: int,
+        n_layers: int,
+        dropout_rate: float,
+        n_cats_per_key: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.hidden = HiddenLayers(n_input, n_hidden, n_layers, dropout_rate, n_cats_per_key)
+        self.loc = nn.Linear(n_hidden, n_output)
+        self.log_var = nn.Linear(n_hidden, n_output)
+
+    def forward(self, x: Tensor, categories: Tensor) -> Normal:
+        """Return the posterior over ``(n_cells, n_output)``."""
+        hidden = self.hidden(x, categories)
+        scale = torch.exp(0.5 * self.log_var(hidden)) + _MIN_SCALE
+        return Normal(self.loc(hidden), scale, validate_args=False)
+
+
+class Decoder(nn.Module):
+    """Latents and covariates to gene-wise outputs, through hidden layers."""
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_output: int,
+        n_hidden: int,
+        n_layers: int,
+        n_cats_per_key: Sequence[int],
+        n_continuous: int,
+    ) -> None:
+        super().__init__()
+        self.hidden = HiddenLayers(
+            n_latent, n_hidden, n_layers, 0.0, n_cats_per_key, n_continuous
+        )
+        self.output = nn.Linear(n_hidden, n_output)
+
+    def forward(self, latent: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
+        """Return outputs of shape ``(n_cells, n_output)``."""
+        return self.output(self.hidden(latent, categories, continuous))
+
+
+class LinearDecoder(nn.Module):
+    """Latents and covariates to gene-wise outputs, each a weighted sum: readable loadings."""
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_output: int,
+        n_cats_per_key: Sequence[int],
+        n_continuous: int,
+    ) -> None:
+        super().__init__()
+        self.loadings = nn.Linear(n_latent, n_output)
+        self.covariates = Covariates(n_cats_per_key, n_continuous, n_output)
+
+    def forward(self, latent: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
+        """Return outputs of shape ``(n_cells, n_output)``."""
+        return self.loadings(latent) + self.covariates(categories, continuous)
+
+
+class Adversary(nn.Module):
+    """Classifiers of the conditions: one per representation that they read, one head per key.
+
+    Parameters
+    ----------
+    n_inputs
+        Width of each representation, by its name.
+    n_cats_per_condition
+        Number of levels of each condition key.
+    n_labels
+        Number of labels the adversary is told; 0 where it is told none.
+    """
+
+    def __init__(
+        self, n_inputs: dict[str, int], n_cats_per_condition: Sequence[int], n_labels: int
+    ) -> None:
+        super().__init__()
+        labels = [n_labels] if n_labels else []
+        self.first = nn.ModuleDict(
+            {name: nn.Linear(n, _ADVERSARY_HIDDEN) for name, n in n_inputs.items()}
+        )
+        self.labels = nn.ModuleDict(
+            {name: Covariates(labels, 0, _ADVERSARY_HIDDEN) for name in n_inputs}
+        )
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.ModuleList(nn.Linear(_ADVERSARY_HIDDEN, n) for n in n_cats_per_condition)
+                for name in n_inputs
+            }
+        )
+
+    def forward(self, representations: dict[str, Tensor], labels: Tensor) -> list[list[Tensor]]:
+        """Return for each condition key the logits of each classifier.
+
+        Parameters
+        ----------
+        representations
+            Shape ``(n_cells, n)`` each, by name.
+        labels
+            Label codes, ``int64`` of shape ``(n_cells, 1)``; read only if the adversary is told.
+
+        Returns
+        -------
+        Per key, one tensor of shape ``(n_cells, n_levels)`` per representation.
+        """
+        per_representation = []
+        for name, representation in representations.items():
+            hidden = self.first[name](representation) + self.labels[name](labels, None)
+            hidden = nn.functional.leaky_relu(hidden, 0.2)
+            per_representation.append([head(hidden) for head in self.heads[name]])
+        return [list(logits) for logits in zip(*per_representation, strict=True)]

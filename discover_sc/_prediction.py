@@ -1,0 +1,332 @@
+"""Counterfactual prediction: encode the source cells, move w, decode, in mini-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from scvi import REGISTRY_KEYS
+from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+
+from ._counterfactual import Reference, Way, choose_way, cluster_groups
+from ._expression import expression_of
+from ._keys import CONDITION_KEY, LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from ._model import DISCoVeR
+
+_ANCHOR = 0.5  # how far "auto" moves to the observed source profile
+_ANCHOR_CELLS = 20  # source cells at which the anchor has half of its weight
+_ANCHOR_LIBRARY = 1e4  # scale, in counts, on which log1p profiles are compared
+
+
+def predict_counterfactual(
+    model: DISCoVeR,
+    adata: ad.AnnData,
+    to: str | dict[str, str],
+    method: str,
+    n_samples: int,
+    interval: float,
+    library_size: float,
+    batch_size: int | None,
+    seed: int,
+) -> ad.AnnData:
+    """Predict source cells under another condition; see the model's method."""
+    _check_numbers(n_samples, interval, library_size)
+    target = _target_levels(model, to)
+    source = model._validate_anndata(adata.copy() if adata.is_view else adata)
+    result = _empty_result(model, source)
+    used = {}
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        for codes, cells in _cells_by_source(model, source, list(target)):
+            way, description = _fit_way(model, method, codes, target)
+            used["+".join(_level_names(model, codes))] = description
+            anchor = _Anchor(model, source, cells, batch_size) if method == "auto" else None
+            _predict_cells(
+                model, source, cells, way, anchor, result, n_samples, interval, library_size, batch_size
+            )
+    return _finish(model, source, result, target, used, n_samples, interval, library_size, seed)
+
+
+# ---------------------------------------------------------------------------- input
+
+
+def _check_numbers(n_samples: int, interval: float, library_size: float) -> None:
+    if n_samples < 2:
+        raise ValueError(
+            f"n_samples is {n_samples}; an interval needs at least 2 posterior draws. Raise it."
+        )
+    if not 0 < interval < 1:
+        raise ValueError(
+            f"interval is {interval}; it is a coverage between 0 and 1. Choose for example 0.9."
+        )
+    if not library_size > 0:
+        raise ValueError(f"library_size is {library_size}; it must be positive. Choose 1e4.")
+
+
+def _target_levels(model: DISCoVeR, to: str | dict[str, str]) -> dict[int, int]:
+    """Return the code asked for of each key that is asked for, by the key's position."""
+    conditions = model.conditions
+    if not isinstance(to, dict):
+        if len(conditions) > 1:
+            raise ValueError(
+                f"to is {to!r} and there are several condition keys, {list(conditions)}. Say which: "
+                "to={key: level}."
+            )
+        to = {next(iter(conditions)): to}
+    target = {}
+    for key, level in to.items():
+        if key not in conditions:
+            raise ValueError(
+                f"to names the key {key!r}; condition keys are {list(conditions)}. Use one of them."
+            )
+        if str(level) not in conditions[key]:
+            raise ValueError(
+                f"Condition {level!r} of {key!r} is not known; known are {conditions[key]}. Choose "
+                "one of them, or train with cells of that condition."
+            )
+        target[list(conditions).index(key)] = conditions[key].index(str(level))
+    if not target:
+        raise ValueError(f"to is empty; name a level of one of {list(conditions)}.")
+    return target
+
+
+def _condition_codes(model: DISCoVeR, adata: ad.AnnData) -> np.ndarray:
+    codes = model.get_anndata_manager(adata, required=True).get_from_registry(CONDITION_KEY)
+    return np.asarray(codes, dtype=np.int64).reshape(adata.n_obs, -1)
+
+
+def _cells_by_source(
+    model: DISCoVeR, source: ad.AnnData, keys: list[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield each combination of condition codes among the source cells, and its cells."""
+    codes = _condition_codes(model, source)
+    for combination in np.unique(codes, axis=0):
+        yield combination, np.flatnonzero((codes == combination).all(axis=1))
+
+
+def _level_names(model: DISCoVeR, codes: np.ndarray) -> list[str]:
+    return [levels[c] for levels, c in zip(model.conditions.values(), codes, strict=True)]
+
+
+# ------------------------------------------------------------------------------ way
+
+
+def _fit_way(
+    model: DISCoVeR, method: str, source_codes: np.ndarray, target: dict[int, int]
+) -> tuple[Way, str]:
+    """Return a way fitted on the latents of the training cells, and its description."""
+    target_codes = source_codes.copy()
+    target_codes[list(target)] = list(target.values())
+    way, description = choose_way(method, model.module, source_codes, target_codes)
+    codes = _condition_codes(model, model.adata)[:, list(target)]
+    z = model.get_latent_representation(latent="z")
+    reference = Reference(
+        z=z,
+        w=model.get_latent_representation(latent="w"),
+        is_source=(codes == source_codes[list(target)]).all(axis=1),
+        is_target=(codes == target_codes[list(target)]).all(axis=1),
+        groups=_groups(model, z),
+    )
+    if not reference.is_target.any():
+        raise ValueError(
+            f"No training cell has {_level_names(model, target_codes)}, the combination asked for. "
+            "Ask for one key at a time, or use method='prior' of a model trained with it."
+        )
+    return way.fit(reference), description
+
+
+def _groups(model: DISCoVeR, z: np.ndarray) -> np.ndarray:
+    if model.labels_key is None:
+        return cluster_groups(z)
+    return model.adata.obs[model.labels_key].astype(str).to_numpy()
+
+
+# --------------------------------------------------------------------------- decode
+
+
+@dataclass
+class _Result:
+    """Preallocated output, one row per source cell."""
+
+    mean: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    w: np.ndarray
+    counts: list[tuple[np.ndarray, sp.csr_matrix]]
+
+
+def _empty_result(model: DISCoVeR, source: ad.AnnData) -> _Result:
+    shape = source.shape
+    n_w = model.module.w_encoder.loc.out_features
+    mean, lower, upper = (np.empty(shape, dtype=np.float32) for _ in range(3))
+    return _Result(mean, lower, upper, np.empty((shape[0], n_w), dtype=np.float32), [])
+
+
+def _batches(
+    model: DISCoVeR, source: ad.AnnData, cells: np.ndarray, batch_size: int | None
+) -> Iterator[tuple[np.ndarray, dict[str, Tensor], dict]]:
+    """Yield cells, tensors and inference outputs of each minibatch of some cells."""
+    start = 0
+    for tensors in model._make_data_loader(source, indices=cells, batch_size=batch_size):
+        outputs = model.module.inference(**model.module._get_inference_input(tensors))
+        n = len(tensors[REGISTRY_KEYS.X_KEY])
+        yield cells[start : start + n], tensors, outputs
+        start += n
+
+
+def _move(way: Way, z: Tensor, w: Tensor) -> Tensor:
+    moved = way(z.cpu().numpy(), w.cpu().numpy())
+    return torch.as_tensor(moved, dtype=w.dtype, device=w.device)
+
+
+def _predict_cells(
+    model: DISCoVeR,
+    source: ad.AnnData,
+    cells: np.ndarray,
+    way: Way,
+    anchor: _Anchor | None,
+    result: _Result,
+    n_samples: int,
+    interval: float,
+    library_size: float,
+    batch_size: int | None,
+) -> None:
+    """Fill the rows of some cells, all under one source condition."""
+    tails = torch.tensor([(1 - interval) / 2, (1 + interval) / 2], device=model.device)
+    for rows, tensors, outputs in _batches(model, source, cells, batch_size):
+        qz, qw, library = outputs[QZ_KEY], outputs[QW_KEY], outputs[LIBRARY_KEY]
+        draws = []
+        for _ in range(n_samples):
+            z, w = qz.sample(), qw.sample()
+            px = model.module.decode(z, _move(way, z, w), library, tensors)
+            draws.append(_expression(px, library_size, anchor, rows))
+        lower, upper = torch.quantile(torch.stack(draws), tails, dim=0)
+        result.mean[rows] = torch.stack(draws).mean(0).cpu().numpy()
+        result.lower[rows], result.upper[rows] = lower.cpu().numpy(), upper.cpu().numpy()
+        result.w[rows] = _move(way, qz.loc, qw.loc).cpu().numpy()
+        # the last draw of the latents, and a draw of the counts given it
+        counts = _sample_counts(px, draws[-1] / library_size, library)
+        result.counts.append((rows, sp.csr_matrix(counts.cpu().numpy())))
+
+
+def _expression(
+    px: torch.distributions.Distribution,
+    library_size: float,
+    anchor: _Anchor | None,
+    rows: np.ndarray,
+) -> Tensor:
+    if anchor is None:
+        return expression_of(px, library_size)
+    return anchor.apply(expression_of(px, _ANCHOR_LIBRARY), rows, library_size)
+
+
+def _sample_counts(
+    px: torch.distributions.Distribution, fractions: Tensor, library: Tensor
+) -> Tensor:
+    """Draw from the likelihood, with its mean at the (anchored) fractions; values if normal."""
+    rate = fractions * torch.exp(library)
+    if isinstance(px, Poisson):
+        return torch.poisson(rate)
+    if isinstance(px, ZeroInflatedNegativeBinomial):
+        # px.scale is the mean before zero inflation, as everywhere else in this package
+        return ZeroInflatedNegativeBinomial(
+            mu=rate, theta=px.theta, zi_logits=px.zi_logits, scale=fractions
+        ).sample()
+    if isinstance(px, NegativeBinomial):
+        return NegativeBinomial(mu=rate, theta=px.theta, scale=fractions).sample()
+    return px.sample()
+
+
+class _Anchor:
+    """Half of the log difference between observed and decoded source profile, per group.
+
+    A decoder smooths: it misses part of what is particular to a group. The part is seen on the
+    source cells themselves, never on treated ones, and added to the prediction.
+    """
+
+    def __init__(
+        self, model: DISCoVeR, source: ad.AnnData, cells: np.ndarray, batch_size: int | None
+    ) -> None:
+        self._applies = model.module.gene_likelihood != "normal"
+        if not self._applies:
+            return
+        groups = np.zeros(source.n_obs, dtype=int)
+        if model.labels_key is not None and model.labels_key in source.obs:
+            groups = pd.factorize(source.obs[model.labels_key].astype(str))[0]
+        self._groups = groups
+        observed, decoded, n_cells = (
+            torch.zeros(groups.max() + 1, n, device=model.device)
+            for n in (source.n_vars, source.n_vars, 1)
+        )
+        for rows, tensors, outputs in _batches(model, source, cells, batch_size):
+            group = torch.as_tensor(groups[rows], device=model.device)
+            x = tensors[REGISTRY_KEYS.X_KEY].to(model.device)
+            px = model.module.decode(
+                outputs[QZ_KEY].loc, outputs[QW_KEY].loc, outputs[LIBRARY_KEY], tensors
+            )
+            observed.index_add_(0, group, x / x.sum(-1, keepdim=True))
+            decoded.index_add_(0, group, px.scale)
+            n_cells.index_add_(0, group, torch.ones(len(rows), 1, device=model.device))
+        per_cell = _ANCHOR_LIBRARY / n_cells.clamp(min=1)
+        weight = _ANCHOR * n_cells / (n_cells + _ANCHOR_CELLS)
+        self._log_factor = weight * (
+            torch.log1p(observed * per_cell) - torch.log1p(decoded * per_cell)
+        )
+
+    def apply(self, expression: Tensor, rows: np.ndarray, library_size: float) -> Tensor:
+        """Return expression, given at the anchor's library, anchored and at another library."""
+        if not self._applies:
+            return expression
+        group = torch.as_tensor(self._groups[rows], device=expression.device)
+        anchored = torch.expm1(torch.log1p(expression) + self._log_factor[group]).clamp(min=0)
+        return anchored * (library_size / anchored.sum(-1, keepdim=True))
+
+
+# --------------------------------------------------------------------------- output
+
+
+def _finish(
+    model: DISCoVeR,
+    source: ad.AnnData,
+    result: _Result,
+    target: dict[int, int],
+    used: dict[str, str],
+    n_samples: int,
+    interval: float,
+    library_size: float,
+    seed: int,
+) -> ad.AnnData:
+    """Return the predicted cells as AnnData of their own."""
+    own = [name for name in source.obs if not name.startswith("_scvi")]
+    obs = source.obs[own].copy()
+    asked = {}
+    for position, code in target.items():
+        key, levels = list(model.conditions.items())[position]
+        asked[key] = levels[code]
+        obs[f"{key}_source"] = obs[key]
+        obs[key] = pd.Categorical([levels[code]] * len(obs), categories=levels)
+    prediction = ad.AnnData(result.mean, obs, source.var.copy())
+    prediction.layers["lower"], prediction.layers["upper"] = result.lower, result.upper
+    order = np.argsort(np.concatenate([rows for rows, _ in result.counts]))
+    prediction.layers["counts"] = sp.vstack([c for _, c in result.counts]).tocsr()[order]
+    prediction.obsm[OBSM_W_KEY] = result.w
+    prediction.uns["discover_counterfactual"] = {
+        "to": asked,
+        "way_per_source": used,
+        "n_samples": n_samples,
+        "interval": interval,
+        "library_size": float(library_size),
+        "seed": seed,
+    }
+    return prediction

@@ -1,0 +1,356 @@
+"""The two-optimiser game under Lightning, and the stop when fresh probes find nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from scvi.train import TrainingPlan
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from ._keys import CONDITION_KEY, QZ_KEY
+from .evaluation import condition_probes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from scvi.module.base import LossOutput
+    from torch import Tensor
+
+    from ._module import DiscoverVAE
+
+
+class DiscoverTrainingPlan(TrainingPlan):
+    """Step the adversary on what it reads, then everything else against it.
+
+    Parameters
+    ----------
+    module
+        The module to train; it holds the adversary.
+    lr, adversary_lr
+        Learning rates of the model and of the adversary (AdamW).
+    weight_decay
+        Weight decay of both optimisers.
+    eps
+        Term added to AdamW's denominator.
+    n_adversary_steps
+        Steps of the adversary per step of the model.
+    gradient_clip_val
+        Largest norm of the model's gradient; None: not clipped.
+    n_epochs_kl_warmup, n_steps_kl_warmup
+        Epochs, or steps of the model, over which the KL terms' weight grows from
+        ``min_kl_weight`` to ``max_kl_weight``; None: no warm-up.
+    min_kl_weight, max_kl_weight
+        Range of the factor on both KL terms.
+    reduce_lr_on_plateau
+        Multiply the model's learning rate by ``lr_factor`` when ``lr_scheduler_metric`` has not
+        improved by ``lr_threshold`` for ``lr_patience`` epochs, down to ``lr_min``.
+    lr_factor, lr_patience, lr_threshold, lr_scheduler_metric, lr_min
+        See ``reduce_lr_on_plateau``; the metric is a key of ``model.history``.
+
+    Notes
+    -----
+    Only the model's optimiser is counted in ``global_step``, so step-based warm-ups and
+    ``max_steps`` mean steps of the model. Training in 16-bit floats with a gradient scaler is not
+    supported; bfloat16 is.
+    """
+
+    def __init__(
+        self,
+        module: DiscoverVAE,
+        *,
+        lr: float = 1e-3,
+        adversary_lr: float = 1e-3,
+        weight_decay: float = 1e-6,
+        eps: float = 1e-8,
+        n_adversary_steps: int = 3,
+        gradient_clip_val: float | None = None,
+        n_epochs_kl_warmup: int | None = None,
+        n_steps_kl_warmup: int | None = None,
+        min_kl_weight: float = 0.0,
+        max_kl_weight: float = 1.0,
+        reduce_lr_on_plateau: bool = False,
+        lr_factor: float = 0.6,
+        lr_patience: int = 30,
+        lr_threshold: float = 0.0,
+        lr_scheduler_metric: Literal[
+            "elbo_validation", "reconstruction_loss_validation", "validation_loss"
+        ] = "reconstruction_loss_validation",
+        lr_min: float = 0.0,
+    ) -> None:
+        if n_adversary_steps < 1:
+            raise ValueError(
+                f"n_adversary_steps is {n_adversary_steps}; it must be at least 1. "
+                "To train without an adversary, set adversarial_weight=0 in the model."
+            )
+        super().__init__(
+            module,
+            optimizer="AdamW",
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            n_epochs_kl_warmup=n_epochs_kl_warmup,
+            n_steps_kl_warmup=n_steps_kl_warmup,
+            min_kl_weight=min_kl_weight,
+            max_kl_weight=max_kl_weight,
+            reduce_lr_on_plateau=reduce_lr_on_plateau,
+            lr_factor=lr_factor,
+            lr_patience=lr_patience,
+            lr_threshold=lr_threshold,
+            lr_scheduler_metric=lr_scheduler_metric,
+            lr_min=lr_min,
+        )
+        self.automatic_optimization = False
+        self.adversary_lr = adversary_lr
+        self.n_adversary_steps = n_adversary_steps
+        self.gradient_clip_val = gradient_clip_val
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "validation": {}}
+        self._n_cells = {"train": 0, "validation": 0}
+
+    # ------------------------------------------------------------------ optimisers
+
+    def _adversary_parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.module.adversary.parameters())
+
+    def _model_parameters(self) -> list[torch.nn.Parameter]:
+        adversary = {id(p) for p in self._adversary_parameters()}
+        return [p for p in self.module.parameters() if id(p) not in adversary and p.requires_grad]
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        """Return the model's and the adversary's optimiser, and the model's schedule if any."""
+        options = {"eps": self.eps, "weight_decay": self.weight_decay}
+        model = torch.optim.AdamW(self._model_parameters(), lr=self.lr, **options)
+        adversary = torch.optim.AdamW(
+            self._adversary_parameters(), lr=self.adversary_lr, **options
+        )
+        schedulers = []
+        if self.reduce_lr_on_plateau:
+            schedule = ReduceLROnPlateau(
+                model,
+                patience=self.lr_patience,
+                factor=self.lr_factor,
+                threshold=self.lr_threshold,
+                min_lr=self.lr_min,
+                threshold_mode="abs",
+            )
+            schedulers.append({"scheduler": schedule, "monitor": self.lr_scheduler_metric})
+        return [model, adversary], schedulers
+
+    # ----------------------------------------------------------------------- steps
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Step the adversary on detached representations, then the model against it."""
+        model_optimizer, adversary_optimizer = self.optimizers()
+        inference_outputs, generative_outputs, losses = self.module(
+            batch, loss_kwargs={"kl_weight": self.kl_weight}
+        )
+        representations = self.module.adversary_representations(
+            batch, inference_outputs, generative_outputs
+        )
+        if self.module.adversarial_weight > 0:
+            self._step_adversary(adversary_optimizer.optimizer, representations, batch)
+        adversarial_loss, metrics = self._game(representations, batch)
+        loss = losses.loss + self.module.adversarial_weight * adversarial_loss
+        self._step_model(model_optimizer, loss)
+        self._record("train", loss, losses, metrics)
+        return loss.detach()
+
+    def _step_adversary(
+        self, optimizer: torch.optim.Optimizer, representations: dict, batch: dict
+    ) -> None:
+        detached = {name: tensor.detach() for name, tensor in representations.items()}
+        for _ in range(self.n_adversary_steps):
+            optimizer.zero_grad()
+            self.manual_backward(self.module.adversary_loss(detached, batch))
+            optimizer.step()
+
+    def _game(self, representations: dict, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the model's adversarial loss; no gradient reaches the adversary itself."""
+        self.module.adversary.requires_grad_(False)
+        game = self.module.game(representations, batch)
+        self.module.adversary.requires_grad_(True)
+        return game
+
+    def _step_model(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        if self.gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_(self._model_parameters(), self.gradient_clip_val)
+        optimizer.step()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Record the same terms on held-out cells, the adversary's among them."""
+        inference_outputs, generative_outputs, losses = self.module(
+            batch, loss_kwargs={"kl_weight": self.kl_weight}
+        )
+        representations = self.module.adversary_representations(
+            batch, inference_outputs, generative_outputs
+        )
+        adversarial_loss, metrics = self.module.game(representations, batch)
+        loss = losses.loss + self.module.adversarial_weight * adversarial_loss
+        self._record("validation", loss, losses, metrics)
+
+    # --------------------------------------------------------------------- metrics
+
+    @torch.no_grad()
+    def _record(
+        self, mode: str, loss: Tensor, losses: LossOutput, metrics: dict[str, Tensor]
+    ) -> None:
+        """Add a minibatch to the sums of the epoch, on the device."""
+        n = losses.n_obs_minibatch
+        terms = {
+            "loss": loss.detach(),
+            "reconstruction_loss": losses.reconstruction_loss_sum / n,
+            "kl_local": losses.kl_local_sum / n,
+            **losses.extra_metrics,
+            **metrics,
+        }
+        sums = self._sums[mode]
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + n * value.detach()
+        self._n_cells[mode] += n
+
+    def _log_epoch(self, mode: str) -> dict[str, float]:
+        """Log the means over the cells of the epoch under the keys of ``model.history``."""
+        means = {name: float(s) / self._n_cells[mode] for name, s in self._sums[mode].items()}
+        means["elbo"] = means["reconstruction_loss"] + means["kl_local"]
+        self._sums[mode], self._n_cells[mode] = {}, 0
+        self.log_dict({f"{name}_{mode}": mean for name, mean in means.items() if name != "loss"})
+        self.log(f"{mode}_loss", means["loss"], prog_bar=mode == "train")
+        return means
+
+    def on_train_start(self) -> None:
+        """Remember the state that training can fall back to."""
+        self._remember_state()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch; stop, at the last finite state, if a term of the loss is not finite."""
+        means = self._log_epoch("train")
+        self.log_dict(self.module.chance())
+        broken = [name for name, value in means.items() if not np.isfinite(value)]
+        if broken or not self._parameters_are_finite():
+            self.module.load_state_dict(self._finite_state)
+            raise FloatingPointError(self._not_finite_message(broken))
+        self._remember_state()
+
+    def _remember_state(self) -> None:
+        self._finite_state = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
+
+    def _parameters_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.module.parameters())
+
+    def _not_finite_message(self, broken: list[str]) -> str:
+        terms = [name for name in broken if name not in ("loss", "elbo", "kl_local")]
+        what = f"The term {' and '.join(terms)}" if terms else "A parameter of the model"
+        return (
+            f"{what} is not finite in epoch {self.current_epoch}; training stopped and the model "
+            "keeps its state from the end of the epoch before. Try a smaller learning rate "
+            f"(plan_kwargs={{'lr': {self.lr / 10:g}}}; now {self.lr:g}), gradient clipping "
+            "(plan_kwargs={'gradient_clip_val': 10.0}), or a smaller adversarial_weight."
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's validation terms and step the learning-rate schedule."""
+        if self._n_cells["validation"]:
+            means = self._log_epoch("validation")
+            if self.reduce_lr_on_plateau:
+                named = {f"{k}_validation": v for k, v in means.items()}
+                named["validation_loss"] = means["loss"]
+                self.lr_schedulers().step(named[self.lr_scheduler_metric])
+
+
+class InvarianceStopping(pl.Callback):
+    """End training when fresh probes on held-out cells cannot tell the condition from z.
+
+    Every ``every_n_epochs`` epochs a logistic and a 15-nearest-neighbour probe are fitted on the
+    posterior means of training cells and judged on validation cells. A check is passed if the
+    balanced accuracy of both lies within two standard errors of chance, for each condition key;
+    ``patience`` passed checks in a row end the training. The worst excess over chance, scaled so
+    that a perfect probe has 1, stands in ``model.history["condition_excess_validation"]``.
+
+    Parameters
+    ----------
+    every_n_epochs
+        Epochs between checks; None: about every 200 steps.
+    patience
+        Passed checks in a row that end the training.
+    min_steps
+        Steps of the model before the first check: a young z can be blind to everything.
+    max_cells
+        Most training cells the probes are fitted on.
+
+    Raises
+    ------
+    ValueError
+        When training starts without validation cells.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = None,
+        patience: int = 3,
+        min_steps: int = 600,
+        max_cells: int = 4000,
+    ) -> None:
+        self.every_n_epochs = every_n_epochs
+        self.patience = patience
+        self.min_steps = min_steps
+        self.max_cells = max_cells
+        self._n_passed = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DiscoverTrainingPlan) -> None:
+        """Refuse to judge without held-out cells."""
+        if len(trainer.datamodule.val_idx) == 0:
+            raise ValueError(
+                "Stopping on invariance needs validation cells and there are none. "
+                "Choose train_size below 1, or train without early stopping."
+            )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: DiscoverTrainingPlan) -> None:
+        """Probe, log, and stop if nothing was found often enough."""
+        every = self.every_n_epochs or max(1, round(200 / trainer.num_training_batches))
+        due = (trainer.current_epoch + 1) % every == 0
+        if not due or trainer.global_step < self.min_steps:
+            return
+        excess, passed = self._check(trainer, pl_module)
+        pl_module.log("condition_excess_validation", excess)
+        self._n_passed = self._n_passed + 1 if passed else 0
+        if self._n_passed >= self.patience:
+            trainer.should_stop = True
+
+    def _check(self, trainer: pl.Trainer, pl_module: DiscoverTrainingPlan) -> tuple[float, bool]:
+        data = trainer.datamodule
+        z_train, y_train = _encode(pl_module.module, data.train_dataloader(), self.max_cells)
+        z_test, y_test = _encode(pl_module.module, data.val_dataloader(), self.max_cells)
+        excesses, passed = [], True
+        for key in range(y_train.shape[1]):
+            accuracies, chance, error = condition_probes(
+                z_train, y_train[:, key], z_test, y_test[:, key]
+            )
+            worst = max(accuracies.values())
+            excesses.append((worst - chance) / (1 - chance))
+            passed &= worst <= chance + 2 * error
+        return max(excesses), passed
+
+
+@torch.no_grad()
+def _encode(
+    module: DiscoverVAE, dataloader: Iterable[dict[str, Tensor]], max_cells: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return posterior means of z and condition codes of at most ``max_cells`` cells."""
+    was_training = module.training
+    module.eval()
+    parts = defaultdict(list)
+    n_cells = 0
+    for tensors in dataloader:
+        outputs = module.inference(**module._get_inference_input(tensors))
+        parts["z"].append(outputs[QZ_KEY].loc.cpu().numpy())
+        parts["y"].append(tensors[CONDITION_KEY].long().cpu().numpy())
+        n_cells += len(parts["y"][-1])
+        if n_cells >= max_cells:
+            break
+    module.train(was_training)
+    return np.concatenate(parts["z"]), np.concatenate(parts["y"])

@@ -1,0 +1,7 @@
+"""Results in, matplotlib Axes out."""
+
+from ._counterfactual import counterfactual_scatter
+from ._latents import latent_scatter
+from ._training import training_curves
+
+__all__ = ["counterfactual_scatter", "latent_scatter", "training_curves"]
