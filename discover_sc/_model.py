@@ -22,7 +22,7 @@ from scvi.data.fields import (
 from scvi.model.base import BaseModelClass, UnsupervisedTrainingMixin
 
 from ._expression import expected_expression
-from ._keys import CONDITION_KEY, OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY, QW_KEY, QZ_KEY
+from ._keys import CONDITION_KEY, OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY
 from ._module import DiscoverVAE
 from ._prediction import predict_counterfactual
 from ._training_plan import DiscoverTrainingPlan, InvarianceStopping
@@ -33,6 +33,8 @@ from .data._checks import (
     check_finite,
     check_names,
     check_no_missing,
+    match_genes,
+    total_count,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 _MIN_STEPS = 2000
 _MIN_EPOCHS = 20
+_MAX_REFERENCE_CELLS = 50_000
 
 
 class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
@@ -296,7 +299,7 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
         for key, levels in enumerate(self.conditions.values()):
             counts = np.zeros((n_labels, len(levels)))
             np.add.at(counts, (labels, codes[:, key]), 1)
-            frequencies = counts / counts.sum(axis=1, keepdims=True)
+            frequencies = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
             targets.append(torch.as_tensor(frequencies, dtype=torch.float32))
         return targets
 
@@ -310,8 +313,7 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
         if REGISTRY_KEYS.SIZE_FACTOR_KEY not in self.adata_manager.data_registry:
             return None
         factors = self.adata_manager.get_from_registry(REGISTRY_KEYS.SIZE_FACTOR_KEY)
-        x = self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
-        return float(x.sum() / np.asarray(factors, dtype=float).sum())
+        return total_count(self.adata, self._layer) / float(np.asarray(factors, dtype=float).sum())
 
     # -------------------------------------------------------------------- training
 
@@ -386,10 +388,13 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
             early_stopping = False
             callbacks = [*trainer_kwargs.pop("callbacks", []), InvarianceStopping()]
             trainer_kwargs["callbacks"] = callbacks
-        trainer_kwargs.setdefault("check_val_every_n_epoch", 1)
+        if _has_validation_cells(train_size, validation_size, datasplitter_kwargs or {}):
+            trainer_kwargs.setdefault("check_val_every_n_epoch", 1)
         if max_epochs is None:
             n_train = ceil((train_size or 0.9) * self.adata.n_obs)
             max_epochs = max(_MIN_EPOCHS, ceil(_MIN_STEPS / ceil(n_train / batch_size)))
+        self.reference_ = None
+        self.module.train()  # Lightning would go on in evaluation mode when training is resumed
         try:
             super().train(
                 max_epochs=max_epochs,
@@ -407,8 +412,30 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
             )
         except FloatingPointError:
             self.module.eval()
-            self.is_trained_ = self.is_trained_ or len(self.history["train_loss"]) > 1
+            self.is_trained_ = self.is_trained_ or "train_loss" in (self.history or {})
+            if self.is_trained_:
+                self.reference_ = self._encode_reference()
             raise
+        self.reference_ = self._encode_reference()
+
+    def _encode_reference(self) -> dict[str, np.ndarray | None]:
+        """Return what counterfactuals learn from: latents, codes and labels of training cells.
+
+        Kept with the model, so that prediction needs no training data; at most 50,000 cells.
+        """
+        cells = np.arange(self.adata.n_obs)
+        if len(cells) > _MAX_REFERENCE_CELLS:
+            rng = np.random.default_rng(0)
+            cells = np.sort(rng.choice(cells, _MAX_REFERENCE_CELLS, replace=False))
+        labels = None
+        if self.labels_key is not None:
+            labels = self.adata.obs[self.labels_key].astype(str).to_numpy(dtype=str)[cells]
+        return {
+            "z": self.get_latent_representation(latent="z", indices=cells),
+            "w": self.get_latent_representation(latent="w", indices=cells),
+            "condition_codes": self._condition_codes()[cells],
+            "labels": labels,
+        }
 
     # --------------------------------------------------------------------- latents
 
@@ -452,10 +479,9 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
             raise ValueError(f"latent is {latent!r}; it must be 'z' (shared) or 'w' (specific).")
         self._check_if_trained(warn=False, message=_UNTRAINED)
         adata = self._validate_anndata(adata)
-        key = QZ_KEY if latent == "z" else QW_KEY
         means, variances, draws = [], [], []
         for tensors in self._make_data_loader(adata, indices=indices, batch_size=batch_size):
-            posterior = self.module.inference(**self.module._get_inference_input(tensors))[key]
+            posterior = self.module.posterior(tensors, latent)
             means.append(posterior.loc.cpu().numpy())
             if return_dist:
                 variances.append(posterior.variance.cpu().numpy())
@@ -658,7 +684,47 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
             self, adata, to, method, n_samples, interval, library_size, batch_size, seed
         )
 
-    # ------------------------------------------------------------------- input, repr
+    # ------------------------------------------------------------- load, input, repr
+
+    @classmethod
+    def load(
+        cls,
+        dir_path: str,
+        adata: AnnData | None = None,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        prefix: str | None = None,
+    ) -> DISCoVeR:
+        """Load a saved model, with the data it was trained on or with other cells.
+
+        Parameters
+        ----------
+        dir_path
+            Folder that :meth:`save` wrote.
+        adata
+            Cells for the model; genes in another order are put in order in a copy. None: the data
+            saved with the model.
+        accelerator, device
+            Where to load to.
+        prefix
+            Prefix of the file names.
+
+        Returns
+        -------
+        The model; latents, counterfactuals and further training are as before.
+
+        Raises
+        ------
+        ValueError
+            If genes of the model are missing or a condition is not known to it.
+        """
+        if adata is not None:
+            registry = cls.load_registry(dir_path, prefix)
+            genes = registry["field_registries"]["X"]["state_registry"]["column_names"]
+            adata = match_genes(adata, genes)
+            _check_known_conditions(adata, registry)
+        return super().load(dir_path, adata, accelerator, device, prefix)
+
 
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
         """Check cells that are new to the model, put their genes in order, register them."""
@@ -668,36 +734,43 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
 
     def _check_new_cells(self, adata: AnnData) -> AnnData:
         check_names(adata)
-        trained_on = pd.Index(self.adata.var_names)
-        missing = trained_on.difference(adata.var_names, sort=False)
-        if len(missing):
-            raise ValueError(
-                f"{len(missing)} genes of the model are missing in adata: {list(missing[:10])}"
-                f"{' ...' if len(missing) > 10 else ''}. All {len(trained_on)} are needed. Use the "
-                "genes the model was trained on."
-            )
+        adata = match_genes(adata, self.adata.var_names)
         check_columns(adata, condition_key=self.condition_keys)
         check_no_missing(adata, condition_key=self.condition_keys)
-        for key, levels in self.conditions.items():
-            unknown = sorted(set(adata.obs[key].astype(str)) - set(levels))
-            if unknown:
-                raise ValueError(
-                    f"Conditions {unknown} of adata.obs[{key!r}] are not known to the model; known "
-                    f"are {levels}. Remove these cells or train with them."
-                )
+        _check_known_conditions(adata, self.registry)
         check = check_finite if self.module.gene_likelihood == "normal" else check_counts
         with warnings.catch_warnings():
             # genes without counts among a few new cells are no news
             warnings.filterwarnings("ignore", message=".*genes of .* have zero counts")
             check(adata, self._layer)
-        same_order = len(adata.var_names) == len(trained_on) and (adata.var_names == trained_on).all()
-        return adata if same_order else adata[:, trained_on].copy()
+        return adata
 
     def __repr__(self) -> str:
         return f"{self._model_summary_string}; trained: {self.is_trained_}"
 
 
 _UNTRAINED = "The model has not been trained; it knows nothing yet. Call model.train() first."
+
+
+def _check_known_conditions(adata: AnnData, registry: dict) -> None:
+    mappings = registry["field_registries"][CONDITION_KEY]["state_registry"]["mappings"]
+    for key, known in mappings.items():
+        check_columns(adata, condition_key=key)
+        levels = [str(level) for level in known]
+        unknown = sorted(set(adata.obs[key].astype(str)) - set(levels))
+        if unknown:
+            raise ValueError(
+                f"Conditions {unknown} of adata.obs[{key!r}] are not known to the model; known are "
+                f"{levels}. Remove these cells or train with them."
+            )
+
+
+def _has_validation_cells(
+    train_size: float | None, validation_size: float | None, datasplitter_kwargs: dict
+) -> bool:
+    if (indexing := datasplitter_kwargs.get("external_indexing")) is not None:
+        return len(indexing) > 1 and indexing[1] is not None and len(indexing[1]) > 0
+    return (train_size or 0.9) < 1 if validation_size is None else validation_size > 0
 
 
 def _check_choices(

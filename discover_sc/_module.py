@@ -168,7 +168,7 @@ class DiscoverVAE(BaseModuleClass):
         size_factor
             Positive, of shape ``(n_cells, 1)``, or None: the total count of the cell.
         """
-        encoded = x if self.gene_likelihood == "normal" else torch.log1p(x)
+        encoded = self._transform(x)
         qz = self.z_encoder(encoded, condition_index)
         qw = self.w_encoder(encoded, condition_index)
         total = x.sum(-1, keepdim=True) if size_factor is None else size_factor
@@ -179,6 +179,18 @@ class DiscoverVAE(BaseModuleClass):
             W_KEY: qw.rsample(),
             LIBRARY_KEY: torch.log(total * self.library_scale),
         }
+
+    def _transform(self, x: Tensor) -> Tensor:
+        return x if self.gene_likelihood == "normal" else torch.log1p(x)
+
+    @auto_move_data
+    def posterior(
+        self, tensors: dict[str, Tensor], latent: Literal["z", "w"]
+    ) -> torch.distributions.Normal:
+        """Return the posterior of one latent of a minibatch, at the cost of one encoder."""
+        encoder = self.z_encoder if latent == "z" else self.w_encoder
+        x = self._transform(tensors[REGISTRY_KEYS.X_KEY])
+        return encoder(x, tensors[CONDITION_KEY].long())
 
     # ----------------------------------------------------------------- generative
 

@@ -129,14 +129,15 @@ def _fit_way(
     target_codes = source_codes.copy()
     target_codes[list(target)] = list(target.values())
     way, description = choose_way(method, model.module, source_codes, target_codes)
-    codes = _condition_codes(model, model.adata)[:, list(target)]
-    z = model.get_latent_representation(latent="z")
+    trained = model.reference_
+    codes = trained["condition_codes"][:, list(target)]
+    labels = trained["labels"]
     reference = Reference(
-        z=z,
-        w=model.get_latent_representation(latent="w"),
+        z=trained["z"],
+        w=trained["w"],
         is_source=(codes == source_codes[list(target)]).all(axis=1),
         is_target=(codes == target_codes[list(target)]).all(axis=1),
-        groups=_groups(model, z),
+        groups=cluster_groups(trained["z"]) if labels is None else labels,
     )
     if not reference.is_target.any():
         raise ValueError(
@@ -144,12 +145,6 @@ def _fit_way(
             "Ask for one key at a time, or use method='prior' of a model trained with it."
         )
     return way.fit(reference), description
-
-
-def _groups(model: DISCoVeR, z: np.ndarray) -> np.ndarray:
-    if model.labels_key is None:
-        return cluster_groups(z)
-    return model.adata.obs[model.labels_key].astype(str).to_numpy()
 
 
 # --------------------------------------------------------------------------- decode

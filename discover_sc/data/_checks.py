@@ -10,7 +10,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from anndata import AnnData
 
@@ -183,7 +183,8 @@ def check_names(adata: AnnData) -> None:
 def check_conditions(adata: AnnData, condition_keys: list[str]) -> None:
     """Refuse a condition key with a single level, or levels with too few cells to learn from."""
     for key in condition_keys:
-        counts = adata.obs[key].astype(str).value_counts()
+        levels = adata.obs[key]
+        counts = levels.value_counts()  # unused categories count as zero
         if len(counts) < 2:
             raise ValueError(
                 f"adata.obs[{key!r}] has only one condition, {counts.index[0]!r}; at least two are "
@@ -196,3 +197,24 @@ def check_conditions(adata: AnnData, condition_keys: list[str]) -> None:
                 f"{rare.to_dict()}. Each needs at least {_MIN_CELLS} cells. Remove these cells or "
                 "merge the level with another."
             )
+
+
+def match_genes(adata: AnnData, genes: Sequence[str]) -> AnnData:
+    """Return the data with the model's genes in the model's order; a copy if that changes it."""
+    missing = [gene for gene in genes if gene not in adata.var_names]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} genes of the model are missing in adata: {missing[:10]}"
+            f"{' ...' if len(missing) > 10 else ''}. All {len(genes)} are needed. Use the genes "
+            "the model was trained on."
+        )
+    same = len(genes) == adata.n_vars and all(adata.var_names == np.asarray(genes))
+    if same:
+        return adata
+    matched = adata[:, list(genes)]
+    return matched.to_memory() if adata.isbacked else matched.copy()
+
+
+def total_count(adata: AnnData, layer: str | None) -> float:
+    """Return the sum of all expression values."""
+    return float(sum(block.sum() for block in _chunks(_matrix(adata, layer))))

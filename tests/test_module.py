@@ -1,0 +1,157 @@
+import pytest
+import torch
+from scvi import REGISTRY_KEYS
+
+from discover_sc._keys import CONDITION_KEY
+from discover_sc._module import DiscoverVAE
+
+N_CELLS, N_GENES = 16, 12
+
+
+def make_tensors(n_keys=1):
+    generator = torch.Generator().manual_seed(0)
+    rate = torch.rand(N_CELLS, N_GENES, generator=generator) * 3
+    return {
+        REGISTRY_KEYS.X_KEY: torch.poisson(rate, generator=generator) + (rate > 2.9),
+        # the data loader hands conditions over as float32
+        CONDITION_KEY: (torch.arange(N_CELLS) % 2).float().unsqueeze(1).repeat(1, n_keys),
+        REGISTRY_KEYS.BATCH_KEY: torch.arange(N_CELLS).unsqueeze(1) // 8,
+        REGISTRY_KEYS.LABELS_KEY: torch.arange(N_CELLS).unsqueeze(1) % 3,
+    }
+
+
+def make_module(**options):
+    return DiscoverVAE(
+        N_GENES, [torch.tensor([[0.5, 0.5]])], n_latent=3, n_latent_specific=3, **options
+    )
+
+
+def step_losses(module, tensors):
+    inference, generative, losses = module(tensors)
+    representations = module.adversary_representations(tensors, inference, generative)
+    return representations, losses
+
+
+def gradient_names(module):
+    return {
+        name
+        for name, p in module.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    }
+
+
+def test_the_model_loss_reaches_every_parameter_but_the_adversary():
+    module, tensors = make_module(), make_tensors()
+    representations, losses = step_losses(module, tensors)
+    module.adversary.requires_grad_(False)
+    (losses.loss + 100 * module.game(representations, tensors)[0]).backward()
+    expected = {n for n, _ in module.named_parameters() if not n.startswith("adversary")}
+    # the linear map before a batch normalisation has a bias without effect, hence no gradient
+    biases = {n for n in expected if n.endswith("hidden.first.bias")}
+    assert gradient_names(module) | biases == expected | biases
+
+
+def test_the_adversary_loss_reaches_every_adversary_parameter_and_no_other():
+    module, tensors = make_module(), make_tensors()
+    representations, _ = step_losses(module, tensors)
+    detached = {k: v.detach() for k, v in representations.items()}
+    module.adversary_loss(detached, tensors).backward()
+    expected = {n for n, _ in module.named_parameters() if n.startswith("adversary")}
+    assert gradient_names(module) == expected
+
+
+def test_the_shared_reconstruction_does_not_see_w():
+    module, tensors = make_module().eval(), make_tensors()
+    inference, _, _ = module(tensors)
+    inputs = module._get_generative_input(tensors, inference)
+    other = {**inputs, "w": inputs["w"] + 5.0}
+    before, after = module.generative(**inputs), module.generative(**other)
+    assert torch.equal(before["px_shared"].mu, after["px_shared"].mu)
+    assert not torch.equal(before["px"].mu, after["px"].mu)
+
+
+def test_z_does_not_see_the_condition_label():
+    module, tensors = make_module().eval(), make_tensors()
+    flipped = {**tensors, CONDITION_KEY: 1 - tensors[CONDITION_KEY]}
+    assert torch.equal(module.posterior(tensors, "z").loc, module.posterior(flipped, "z").loc)
+    assert not torch.equal(module.posterior(tensors, "w").loc, module.posterior(flipped, "w").loc)
+
+
+@pytest.mark.parametrize("reads", ["both", "reconstruction", "z"])
+def test_the_adversary_reads_what_it_is_told_to(reads):
+    module, tensors = make_module(adversary_input=reads), make_tensors()
+    representations, _ = step_losses(module, tensors)
+    expected = {"z": 3, "reconstruction": N_GENES}
+    wanted = expected if reads == "both" else {reads: expected[reads]}
+    assert {k: v.shape[1] for k, v in representations.items()} == wanted
+
+
+def test_the_reconstruction_that_the_adversary_reads_is_free_of_depth():
+    """Library size can go with the condition and would tell it."""
+    module, tensors = make_module(adversary_input="reconstruction").eval(), make_tensors()
+    inference, _, _ = module(tensors)
+    inputs = module._get_generative_input(tensors, inference)
+    read = [
+        module.adversary_representations(
+            tensors, inference, module.generative(**{**inputs, "library": inputs["library"] + shift})
+        )["reconstruction"]
+        for shift in (0.0, 3.0)
+    ]
+    torch.testing.assert_close(read[0], read[1])
+
+
+def test_the_adversary_cannot_read_the_batch_from_the_reconstruction():
+    """A batch that goes with the condition must not tell it: covariates are permuted first."""
+    module, tensors = make_module(n_batch=2, adversary_input="reconstruction"), make_tensors()
+    with torch.no_grad():
+        module.shared_decoder.hidden.covariates.embeddings[0].weight[1] += 50.0
+    module.eval()
+    inference, generative, _ = module(tensors)
+    inference["z"] = torch.zeros_like(inference["z"])  # only the batch could differ
+    read = module.adversary_representations(tensors, inference, generative)["reconstruction"]
+    batch = tensors[REGISTRY_KEYS.BATCH_KEY].squeeze()
+    distinct = torch.unique(read.round(decimals=3), dim=0)
+    assert len(distinct) == 2  # both batches are decoded,
+    own = (read == read[0]).all(1)
+    assert not torch.equal(own, batch == batch[0])  # but not each cell under its own
+
+
+def test_size_factors_replace_total_counts_up_to_scale():
+    tensors = make_tensors()
+    total = tensors[REGISTRY_KEYS.X_KEY].sum(1, keepdim=True)
+    scaled = make_module(library_scale=10.0)
+    inputs = {"x": tensors[REGISTRY_KEYS.X_KEY], "condition_index": tensors[CONDITION_KEY].long()}
+    library = scaled.inference(**inputs, size_factor=total / 10)["library"]
+    torch.testing.assert_close(library, torch.log(total))
+
+
+def test_conditional_targets_are_the_frequencies_given_the_label():
+    targets = torch.tensor([[0.2, 0.8], [0.5, 0.5], [1.0, 0.0]])
+    module = DiscoverVAE(N_GENES, [targets], n_latent=3, n_latent_specific=3, invariance="conditional")
+    tensors = make_tensors()
+    labels = tensors[REGISTRY_KEYS.LABELS_KEY].squeeze()
+    assert torch.equal(module._targets(tensors)[0], targets[labels])
+
+
+def test_chance_is_the_most_frequent_level_and_the_entropy():
+    module = DiscoverVAE(N_GENES, [torch.tensor([[0.25, 0.75]])], n_latent_specific=10)
+    entropy = -(0.25 * torch.log(torch.tensor(0.25)) + 0.75 * torch.log(torch.tensor(0.75)))
+    assert module.chance()["adversary_chance_accuracy"] == pytest.approx(0.75)
+    assert module.chance()["adversary_chance_cross_entropy"] == pytest.approx(float(entropy))
+
+
+def test_a_new_batch_level_leaves_reference_cells_as_they_are():
+    """One embedding per key: padding one key with a category shifts no column of another."""
+    old = make_module(n_batch=2, n_cats_per_cov=[3]).eval()
+    new = make_module(n_batch=3, n_cats_per_cov=[3]).eval()
+    state = new.state_dict()
+    for name, tensor in old.state_dict().items():
+        state[name] = torch.cat([tensor, state[name][len(tensor) :]]) if (
+            tensor.shape != state[name].shape
+        ) else tensor
+    new.load_state_dict(state)
+    tensors = make_tensors() | {
+        REGISTRY_KEYS.CAT_COVS_KEY: torch.arange(N_CELLS).unsqueeze(1) % 3
+    }
+    z, w, library = torch.zeros(N_CELLS, 3), torch.ones(N_CELLS, 3), torch.zeros(N_CELLS, 1)
+    assert torch.equal(old.decode(z, w, library, tensors).mu, new.decode(z, w, library, tensors).mu)

@@ -1,0 +1,175 @@
+import pytest
+import torch
+from torch.distributions import Normal
+
+from discover_sc._networks import (
+    Adversary,
+    Covariates,
+    Decoder,
+    Encoder,
+    HiddenLayers,
+    LinearDecoder,
+)
+
+N_CELLS = 16
+NO_CATEGORIES = torch.zeros(N_CELLS, 0, dtype=torch.long)
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def draw_codes(*n_levels):
+    generator = torch.Generator().manual_seed(1)
+    columns = [torch.randint(n, (N_CELLS,), generator=generator) for n in n_levels]
+    return torch.stack(columns, dim=1)
+
+
+def test_covariates_are_the_sum_of_one_vector_per_key_and_a_linear_map():
+    covariates = Covariates([3, 2], n_continuous=2, n_output=4)
+    categories, continuous = draw_codes(3, 2), draw(N_CELLS, 2)
+    result = covariates(categories, continuous)
+    for i in range(N_CELLS):
+        first, second = (e.weight[categories[i, k]] for k, e in enumerate(covariates.embeddings))
+        linear = covariates.linear.weight @ continuous[i]
+        torch.testing.assert_close(result[i], first + second + linear)
+
+
+def test_absent_covariates_are_zero():
+    assert Covariates([], n_continuous=0, n_output=4)(NO_CATEGORIES, None) == 0.0
+
+
+def test_a_key_that_gains_categories_leaves_the_vectors_of_the_other_key_alone():
+    small, large = Covariates([3, 2], 0, 4), Covariates([5, 2], 0, 4)
+    large.embeddings[1].load_state_dict(small.embeddings[1].state_dict())
+    with torch.no_grad():
+        large.embeddings[0].weight[:3] = small.embeddings[0].weight
+    categories = draw_codes(3, 2)
+    torch.testing.assert_close(large(categories, None), small(categories, None))
+
+
+def test_covariates_enter_before_the_batch_normalisation():
+    # a vector common to all cells of a minibatch is then subtracted with the mean
+    hidden = HiddenLayers(5, 8, 1, 0.0, n_cats_per_key=[2]).train()
+    x, same = draw(N_CELLS, 5), torch.zeros(N_CELLS, 1, dtype=torch.long)
+    torch.testing.assert_close(hidden(x, same), hidden(x, same + 1), rtol=1e-4, atol=1e-5)
+    mixed = draw_codes(2)
+    assert not torch.allclose(hidden(x, mixed), hidden(x, same), atol=1e-3)
+
+
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_hidden_layers_have_as_many_linear_maps_as_asked_for(n_layers):
+    hidden = HiddenLayers(5, 8, n_layers, 0.0).eval()
+    linear = [m for m in hidden.modules() if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(5, 8)] + [(8, 8)] * (n_layers - 1)
+    assert hidden(draw(N_CELLS, 5), NO_CATEGORIES).shape == (N_CELLS, 8)
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation():
+    hidden = HiddenLayers(5, 64, 1, 0.5)
+    x = draw(N_CELLS, 5)
+    hidden.train()
+    assert not torch.equal(hidden(x, NO_CATEGORIES), hidden(x, NO_CATEGORIES))
+    hidden.eval()
+    torch.testing.assert_close(hidden(x, NO_CATEGORIES), hidden(x, NO_CATEGORIES))
+
+
+def test_encoder_returns_a_normal_whose_scale_is_the_root_of_the_variance_it_predicts():
+    encoder = Encoder(5, 3, n_hidden=8, n_layers=1, dropout_rate=0.0).eval()
+    x = draw(N_CELLS, 5)
+    posterior = encoder(x, NO_CATEGORIES)
+    variance = torch.exp(encoder.log_var(encoder.hidden(x, NO_CATEGORIES)))
+    assert isinstance(posterior, Normal)
+    assert posterior.loc.shape == (N_CELLS, 3)
+    torch.testing.assert_close(posterior.scale, variance.sqrt(), rtol=0.0, atol=2e-4)
+
+
+def test_encoder_scale_stays_positive_and_its_logarithm_finite():
+    encoder = Encoder(5, 3, n_hidden=8, n_layers=1, dropout_rate=0.0).eval()
+    torch.nn.init.constant_(encoder.log_var.bias, -1e4)
+    scale = encoder(draw(N_CELLS, 5), NO_CATEGORIES).scale
+    torch.testing.assert_close(scale, torch.full((N_CELLS, 3), 1e-4))
+
+
+def test_encoder_of_w_is_told_the_condition():
+    encoder = Encoder(5, 3, 8, 1, 0.0, n_cats_per_key=[2, 3]).eval()
+    x, codes = draw(N_CELLS, 5), torch.zeros(N_CELLS, 2, dtype=torch.long)
+    other = codes.clone()
+    other[:4, 1] = 2
+    changed = (encoder(x, codes).loc != encoder(x, other).loc).any(dim=1)
+    assert changed.tolist() == [True] * 4 + [False] * (N_CELLS - 4)
+
+
+def test_permuted_cells_have_permuted_posteriors_and_outputs():
+    order = torch.randperm(N_CELLS, generator=torch.Generator().manual_seed(2))
+    x, codes, continuous = draw(N_CELLS, 5), draw_codes(3), draw(N_CELLS, 2)
+    encoder = Encoder(5, 3, 8, 2, 0.1, n_cats_per_key=[3]).eval()
+    decoder = Decoder(5, 7, 8, 2, [3], n_continuous=2).eval()
+    torch.testing.assert_close(
+        encoder(x[order], codes[order]).scale, encoder(x, codes).scale[order]
+    )
+    torch.testing.assert_close(
+        decoder(x[order], codes[order], continuous[order]), decoder(x, codes, continuous)[order]
+    )
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["nonlinear", "linear"])
+def test_decoders_return_one_output_per_gene_and_read_every_covariate(linear):
+    decoder = LinearDecoder(5, 7, [3], 2) if linear else Decoder(5, 7, 8, 1, [3], 2).eval()
+    latent, codes, continuous = draw(N_CELLS, 5), draw_codes(3), draw(N_CELLS, 2)
+    output = decoder(latent, codes, continuous)
+    assert output.shape == (N_CELLS, 7)
+    for changed in (
+        decoder(latent, (codes + 1) % 3, continuous),
+        decoder(latent, codes, continuous + 1),
+    ):
+        assert ((changed - output).abs().sum(dim=1) > 0).all()
+
+
+def test_linear_decoder_is_linear_in_the_latent_and_adds_the_covariates():
+    decoder = LinearDecoder(5, 7, [3], 0)
+    first, second, codes = draw(N_CELLS, 5), draw(N_CELLS, 5).flip(0), draw_codes(3)
+    base = decoder(torch.zeros(N_CELLS, 5), codes, None)
+    mixed = decoder(2 * first - 3 * second, codes, None) - base
+    apart = 2 * (decoder(first, codes, None) - base) - 3 * (decoder(second, codes, None) - base)
+    torch.testing.assert_close(mixed, apart, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed, (2 * first - 3 * second) @ decoder.loadings.weight.T)
+
+
+def test_nonlinear_decoder_is_not_linear():
+    decoder = Decoder(5, 7, 32, 1, [], 0).eval()
+    latent = 3 * draw(N_CELLS, 5)
+    base = decoder(torch.zeros(N_CELLS, 5), NO_CATEGORIES, None)
+    opposite = decoder(latent, NO_CATEGORIES, None) + decoder(-latent, NO_CATEGORIES, None)
+    assert not torch.allclose(opposite, 2 * base, atol=1e-2)
+
+
+def test_adversary_has_one_head_per_condition_key_for_each_representation():
+    adversary = Adversary({"z": 4, "reconstruction": 6}, [2, 3], n_labels=0)
+    representations = {"z": draw(N_CELLS, 4), "reconstruction": draw(N_CELLS, 6)}
+    logits = adversary(representations, NO_CATEGORIES)
+    shapes = [[tuple(t.shape) for t in classifiers] for classifiers in logits]
+    assert shapes == [[(N_CELLS, 2)] * 2, [(N_CELLS, 3)] * 2]
+
+
+def test_each_classifier_of_the_adversary_reads_its_own_representation_only():
+    adversary = Adversary({"z": 4, "reconstruction": 6}, [2], n_labels=0)
+    z, reconstruction = draw(N_CELLS, 4), draw(N_CELLS, 6)
+    [[from_z, from_reconstruction]] = adversary(
+        {"z": z, "reconstruction": reconstruction}, NO_CATEGORIES
+    )
+    [[other_z, other_reconstruction]] = adversary(
+        {"z": z + 1, "reconstruction": reconstruction}, NO_CATEGORIES
+    )
+    assert torch.equal(from_reconstruction, other_reconstruction)
+    assert not torch.allclose(from_z, other_z)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["told nothing", "told the label"])
+def test_labels_change_the_logits_only_of_an_adversary_that_is_told_them(told):
+    adversary = Adversary({"z": 4}, [2], n_labels=3 if told else 0)
+    z, labels = draw(N_CELLS, 4), draw_codes(3)
+    [[logits]] = adversary({"z": z}, labels)
+    [[relabelled]] = adversary({"z": z}, (labels + 1) % 3)
+    changed = (logits != relabelled).any(dim=1)
+    assert changed.tolist() == [told] * N_CELLS
