@@ -36,22 +36,22 @@ def expected_expression(
     """Return the expected expression of one of the two likelihoods; see the model's methods."""
     model._check_if_trained(warn=False, message="The model is not trained. Call model.train().")
     adata = model._validate_anndata(adata)
-    indices = np.arange(adata.n_obs) if indices is None else np.asarray(indices)
+    cells, restore = sorted_cells(adata, indices)
     if n_samples_overall is not None:
-        n_samples = n_samples_overall // len(indices) + 1
+        n_samples = n_samples_overall // len(cells) + 1
     genes = _gene_columns(adata, gene_list)
     batch_codes = _batch_codes(model, transform_batch)
     average = return_mean and n_samples_overall is None
     parts = []
-    for tensors in model._make_data_loader(adata, indices=indices, batch_size=batch_size):
+    for tensors in model._make_data_loader(adata, indices=cells, batch_size=batch_size):
         draws = np.stack(
             [
-                np.mean([_decode(model, px_key, tensors, b, library_size)[:, genes] for b in batch_codes], 0)
+                _decode_average(model, px_key, tensors, batch_codes, library_size)[:, genes]
                 for _ in range(n_samples)
             ]
         )  # (n_samples, n_cells, n_genes)
         parts.append(draws.mean(axis=0, keepdims=True) if average else draws)
-    expression = np.concatenate(parts, axis=1)
+    expression = np.concatenate(parts, axis=1)[:, restore]
     if n_samples_overall is not None:
         pool = expression.reshape(-1, expression.shape[-1])
         return pool[np.random.default_rng(0).choice(len(pool), n_samples_overall)]
@@ -59,7 +59,37 @@ def expected_expression(
         return expression
     if return_numpy:
         return expression[0]
-    return pd.DataFrame(expression[0], adata.obs_names[indices], adata.var_names[genes])
+    return pd.DataFrame(expression[0], adata.obs_names[cells[restore]], adata.var_names[genes])
+
+
+def sorted_cells(
+    adata: AnnData, indices: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return cells in ascending order, and where each one asked for then stands.
+
+    The data loader reads minibatches of a backed file in ascending order, whatever it is asked.
+    """
+    if indices is None:
+        every = np.arange(adata.n_obs)
+        return every, every
+    indices = np.asarray(indices)
+    if indices.dtype == bool:
+        indices = np.flatnonzero(indices)
+    if len(indices) == 0:
+        raise ValueError("indices selects no cell; at least one is needed. Check the selection.")
+    order = np.argsort(indices, kind="stable")
+    return indices[order], np.argsort(order, kind="stable")
+
+
+def _decode_average(
+    model: DISCoVeR,
+    px_key: str,
+    tensors: dict[str, Tensor],
+    batch_codes: list[int | None],
+    library_size: float | Literal["latent"],
+) -> np.ndarray:
+    """Average one draw over the batches that it is decoded under."""
+    return np.mean([_decode(model, px_key, tensors, b, library_size) for b in batch_codes], axis=0)
 
 
 def _decode(

@@ -21,7 +21,7 @@ from scvi.data.fields import (
 )
 from scvi.model.base import BaseModelClass, UnsupervisedTrainingMixin
 
-from ._expression import expected_expression
+from ._expression import expected_expression, sorted_cells
 from ._keys import CONDITION_KEY, OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY
 from ._module import DiscoverVAE
 from ._prediction import predict_counterfactual
@@ -479,17 +479,18 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
             raise ValueError(f"latent is {latent!r}; it must be 'z' (shared) or 'w' (specific).")
         self._check_if_trained(warn=False, message=_UNTRAINED)
         adata = self._validate_anndata(adata)
-        means, variances, draws = [], [], []
-        for tensors in self._make_data_loader(adata, indices=indices, batch_size=batch_size):
+        cells, restore = sorted_cells(adata, indices)
+        means, others = [], []
+        for tensors in self._make_data_loader(adata, indices=cells, batch_size=batch_size):
             posterior = self.module.posterior(tensors, latent)
             means.append(posterior.loc.cpu().numpy())
             if return_dist:
-                variances.append(posterior.variance.cpu().numpy())
+                others.append(posterior.variance.cpu().numpy())
             elif not give_mean:
-                draws.append(posterior.sample().cpu().numpy())
+                others.append(posterior.sample().cpu().numpy())
         if return_dist:
-            return np.concatenate(means), np.concatenate(variances)
-        return np.concatenate(means if give_mean else draws)
+            return np.concatenate(means)[restore], np.concatenate(others)[restore]
+        return np.concatenate(means if give_mean else others)[restore]
 
     def write_latents(self, adata: AnnData | None = None) -> None:
         """Write posterior means into ``.obsm["X_discover_z"]`` and ``.obsm["X_discover_w"]``.

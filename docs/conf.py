@@ -29,6 +29,7 @@ myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
 
 # The API pages list the names of __all__ and no others, see _templates/autosummary/module.rst.
 autosummary_generate = True

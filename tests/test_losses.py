@@ -17,7 +17,7 @@ from discover_sc._losses import (
 )
 
 KINDS = ("nb", "zinb", "poisson", "normal")
-N_CELLS, N_GENES = 12, 30
+N_CELLS, N_GENES = 12, 60
 
 
 def make_likelihood(kind, mu, theta, zi_logits):
@@ -31,11 +31,12 @@ def make_likelihood(kind, mu, theta, zi_logits):
 
 
 def draw_case(library, theta, n_theta=1):
-    """Counts, about half of them zero, with the parameters they were drawn from; float64."""
+    """Counts, half of them of silent genes, and the parameters of a likelihood; float64."""
     rng = np.random.default_rng(0)
     mu = library * rng.dirichlet(np.ones(N_GENES), N_CELLS)
+    mu = np.where(rng.random(mu.shape) < 0.5, mu, np.minimum(mu, 0.3))
     thetas = theta * rng.lognormal(0.0, 0.3, (n_theta, N_GENES))
-    x = rng.poisson(mu) * (rng.random(mu.shape) < 0.6)
+    x = rng.poisson(mu)
     zi_logits = rng.normal(size=mu.shape)
     return [torch.as_tensor(a, dtype=torch.float64) for a in (x, mu, thetas, zi_logits)]
 
@@ -245,7 +246,9 @@ def test_adversarial_loss_of_a_uniform_adversary_by_hand():
     # KL(p || uniform) = log n - H(p): for unbalanced conditions the optimum is not uniform
     target = torch.tensor([[0.9, 0.1]])
     expected = math.log(2) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1)
-    torch.testing.assert_close(adversarial_loss(torch.zeros(1, 2), target), torch.tensor([expected]))
+    torch.testing.assert_close(
+        adversarial_loss(torch.zeros(1, 2), target), torch.tensor([expected])
+    )
 
 
 def test_adversarial_loss_has_the_gradient_prediction_minus_target():

@@ -1,0 +1,188 @@
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from fitting import QUIET, train_small
+
+from discover_sc import DISCoVeR
+
+
+@pytest.fixture(scope="module")
+def source(simulated):
+    _, training, _ = simulated
+    held_out = (training.obs["cell_type"] == "type_0") & (training.obs["condition"] == "ctrl")
+    return training[held_out.to_numpy()].copy()
+
+
+def test_the_prediction_has_the_same_cells_and_genes_and_says_what_was_done(trained, source):
+    predicted = trained.predict_counterfactual(source, to="treat_1", n_samples=5, seed=4)
+    assert list(predicted.obs_names) == list(source.obs_names)
+    assert list(predicted.var_names) == list(source.var_names)
+    assert set(predicted.obs["condition"]) == {"treat_1"}
+    assert set(predicted.obs["condition_source"]) == {"ctrl"}
+    assert predicted.obsm["X_discover_w"].shape == (source.n_obs, 10)
+    done = predicted.uns["discover_counterfactual"]
+    assert done["to"] == {"condition": "treat_1"}
+    assert done["way_per_source"] == {"ctrl": "abduction + neighbors"}
+    assert (done["seed"], done["n_samples"]) == (4, 5)
+    assert not [name for name in predicted.obs if name.startswith("_scvi")]
+
+
+def test_rows_sum_to_the_library_size_and_lie_between_their_bounds(trained, source):
+    predicted = trained.predict_counterfactual(source, to="treat_1", library_size=500.0)
+    np.testing.assert_allclose(predicted.X.sum(axis=1), 500.0, rtol=1e-4)
+    inside = (predicted.X >= predicted.layers["lower"] - 1e-4) & (
+        predicted.X <= predicted.layers["upper"] + 1e-4
+    )
+    assert inside.mean() > 0.99
+
+
+def test_a_wider_interval_is_wider(trained, source):
+    widths = [
+        np.mean(p.layers["upper"] - p.layers["lower"])
+        for p in (
+            trained.predict_counterfactual(source, to="treat_1", interval=i) for i in (0.5, 0.95)
+        )
+    ]
+    assert widths[1] > 1.5 * widths[0]
+
+
+def test_counts_are_a_draw_at_the_cells_own_library_size(trained, source):
+    counts = trained.predict_counterfactual(source, to="treat_1").layers["counts"]
+    assert sp.issparse(counts)
+    assert (counts.data == np.round(counts.data)).all()
+    drawn, own = (np.asarray(m.sum(axis=1)).ravel() for m in (counts, source.X))
+    assert np.corrcoef(drawn, own)[0, 1] > 0.9
+    assert drawn.mean() == pytest.approx(own.mean(), rel=0.1)
+
+
+def test_the_same_seed_gives_the_same_prediction_and_leaves_the_global_state_alone(trained, source):
+    state = torch.get_rng_state()
+    first = trained.predict_counterfactual(source, to="treat_1", seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(99)
+    second = trained.predict_counterfactual(source, to="treat_1", seed=1)
+    other = trained.predict_counterfactual(source, to="treat_1", seed=2)
+    assert np.array_equal(first.X, second.X)
+    assert (first.layers["counts"] != second.layers["counts"]).nnz == 0
+    assert not np.array_equal(first.X, other.X)
+
+
+@pytest.mark.parametrize("method", ["auto", "shift", "abduction", "neighbors", "linear"])
+def test_planted_genes_move_as_planted_and_others_do_not(trained, simulated, source, method):
+    """type_0 was never seen treated; its true effect is known from the simulation."""
+    full, _, _ = simulated
+    truth = full.uns["type_effects"]["treat_1"][0]
+    base, predicted = (
+        trained.predict_counterfactual(source, to=level, method=method)
+        for level in ("ctrl", "treat_1")
+    )
+    change = np.log(predicted.X.mean(axis=0) + 0.5) - np.log(base.X.mean(axis=0) + 0.5)
+    expressed = base.X.mean(axis=0) > 10
+    moved = expressed & (np.abs(full.varm["common_effect"][:, 1]) > 0.5)
+    still = expressed & (full.uns["type_effects"]["treat_1"] == 0).all(axis=0)
+    assert moved.sum() > 8
+    assert (np.sign(change[moved]) == np.sign(truth[moved])).mean() > 0.9
+    assert np.abs(change[still]).mean() < 0.35 * np.abs(change[moved]).mean()
+
+
+def test_treated_cells_of_the_held_out_group_are_never_seen(simulated):
+    """Noise in the place of the held-out cells changes no prediction by one bit."""
+    full, training, hidden = simulated
+    predictions = []
+    for seed in (0, 1):
+        noisy = full.copy()
+        x = noisy.X.toarray()
+        rows = noisy.obs_names.isin(hidden.obs_names)
+        x[rows] = np.random.default_rng(seed).poisson(3.0, x[rows].shape)
+        noisy.X = sp.csr_matrix(x)
+        kept = noisy[training.obs_names].copy()
+        torch.manual_seed(0)
+        model = train_small(kept, {"labels_key": "cell_type"}, train={"max_epochs": 2})
+        source = kept[(kept.obs["cell_type"] == "type_0").to_numpy()].copy()
+        predictions.append(model.predict_counterfactual(source, to="treat_1").X)
+    assert np.array_equal(*predictions)
+
+
+def test_minibatches_bound_memory_and_do_not_change_the_expectation(trained, source):
+    by_size = [
+        trained.predict_counterfactual(source, to="treat_1", n_samples=200, batch_size=b).X
+        for b in (16, 512)
+    ]
+    np.testing.assert_allclose(by_size[0].mean(0), by_size[1].mean(0), rtol=0.05, atol=0.5)
+
+
+def test_views_work_and_the_source_is_left_alone(trained, simulated):
+    _, training, _ = simulated
+    view = training[(training.obs["condition"] == "ctrl").to_numpy()]
+    before = view.X.copy()
+    trained.predict_counterfactual(view, to="treat_1", n_samples=2)
+    assert view.is_view
+    assert (view.X != before).nnz == 0
+
+
+def test_without_labels_clusters_of_z_serve(simulated, source):
+    _, training, _ = simulated
+    model = train_small(training, train={"max_epochs": 20})
+    predicted = model.predict_counterfactual(source, to="treat_1", method="shift", n_samples=2)
+    assert np.isfinite(predicted.X).all()
+    assert model.reference_["labels"] is None
+
+
+def test_source_cells_of_several_conditions_are_each_moved_from_their_own(trained, simulated):
+    _, training, _ = simulated
+    mixed = training[:200].copy()
+    predicted = trained.predict_counterfactual(mixed, to="treat_1", n_samples=2)
+    ways = predicted.uns["discover_counterfactual"]["way_per_source"]
+    assert set(ways) == {"ctrl", "treat_1"}
+    assert list(predicted.obs["condition_source"]) == list(mixed.obs["condition"])
+    alone = mixed[(mixed.obs["condition"] == "ctrl").to_numpy()].copy()
+    expected = trained.predict_counterfactual(alone, to="treat_1", n_samples=2)
+    got = predicted[expected.obs_names].obsm["X_discover_w"]
+    np.testing.assert_allclose(got, expected.obsm["X_discover_w"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_class_mean_prior_predicts_with_shift_and_neighbors(adata):
+    model = train_small(adata, model={"prior": "class_mean"})
+    source = adata[adata.obs["condition"] == "ctrl"].copy()
+    predicted = model.predict_counterfactual(source, to="treat_1", n_samples=2)
+    ways = predicted.uns["discover_counterfactual"]["way_per_source"]
+    assert ways == {"ctrl": "shift + neighbors"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"to": "treat_9"}, r"Condition 'treat_9' of 'condition' is not known; known are \['ctrl'"),
+        ({"to": {"dose": "high"}}, r"to names the key 'dose'; condition keys are \['condition'\]"),
+        ({"to": {}}, "to is empty; name a level"),
+        ({"to": "treat_1", "method": "magic"}, "method is 'magic'; methods are"),
+        ({"to": "treat_1", "n_samples": 1}, "n_samples is 1; an interval needs at least 2"),
+        ({"to": "treat_1", "interval": 1.0}, "interval is 1.0; it is a coverage between"),
+        ({"to": "treat_1", "library_size": 0}, "library_size is 0; it must be positive"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(trained, source, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        trained.predict_counterfactual(source, **arguments)
+
+
+def test_an_empty_selection_is_refused(trained, source):
+    with pytest.raises(ValueError, match="0 cells and 200 genes: the selection is empty"):
+        trained.predict_counterfactual(source[:0].copy(), to="treat_1")
+
+
+def test_several_keys_need_to_be_named(adata):
+    adata.obs["dose"] = np.where(np.arange(adata.n_obs) % 3 == 0, "low", "high")
+    model = train_small(adata, {"condition_key": ["condition", "dose"]})
+    with pytest.raises(ValueError, match=r"several condition keys, \['condition', 'dose'\]"):
+        model.predict_counterfactual(adata.copy(), to="treat_1")
+
+
+def test_an_untrained_model_does_not_predict(adata):
+    DISCoVeR.setup_anndata(adata, condition_key="condition")
+    model = DISCoVeR(adata)
+    with pytest.raises(RuntimeError, match="has not been trained"):
+        model.predict_counterfactual(adata, to="treat_1")
+    model.train(max_epochs=1, **QUIET)
+    assert model.predict_counterfactual(adata, to="treat_1", n_samples=2).n_obs == adata.n_obs
