@@ -1,7 +1,7 @@
 """From (z, w) under one condition to w under another: one small class per way.
 
-Every way is fitted on the latents of the training cells and moves the latents of source cells. A
-group (cell type) counts as *matched* if the training data hold it under both conditions; the
+Every way is fitted on the latents of the cells that the model was set up with and moves the latents of source cells. A
+group (cell type) counts as *matched* if they hold it under both conditions; the
 ways that compare treated with untreated cells use matched groups only, so that the change is
 never read off cells of which one side is missing.
 """
@@ -34,7 +34,7 @@ _RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Reference:
-    """Latents of the training cells that a way may learn from.
+    """Latents of the cells that the model was set up with, which a way may learn from.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Reference:
 
     @property
     def matched_groups(self) -> list:
-        """Groups with enough cells under both conditions; all cells as one group if none has."""
+        """Groups with enough cells under both conditions."""
         return [
             group
             for group in np.unique(self.groups)

@@ -89,7 +89,8 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
     kl_z_weight, kl_w_weight
         Weights of the KL terms.
     adversarial_weight
-        Weight of the adversarial term; 0 trains without adversary.
+        Weight of the adversarial term, of each key and each representation that the adversary
+        reads; 0 trains without adversary.
 
     Raises
     ------
@@ -128,7 +129,7 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
         reconstruction_weight: float = 0.8,
         shared_reconstruction_weight: float = 0.2,
         kl_z_weight: float = 1e-2,
-        kl_w_weight: float = 0.1,
+        kl_w_weight: float = 3.0,
         adversarial_weight: float = 100.0,
     ) -> None:
         super().__init__(adata)
@@ -207,8 +208,8 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
         batch_key
             Column with the batch; both decoders are told it.
         labels_key
-            Column with the cell type; read only for ``invariance="conditional"`` and for choosing
-            and evaluating counterfactuals.
+            Column with the cell type; read only for ``invariance="conditional"``, for the groups
+            that counterfactuals compare, and for evaluation.
         layer
             Layer with the counts; None: ``adata.X``.
         size_factor_key
@@ -419,9 +420,10 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
         self.reference_ = self._encode_reference()
 
     def _encode_reference(self) -> dict[str, np.ndarray | None]:
-        """Return what counterfactuals learn from: latents, codes and labels of training cells.
+        """Return what counterfactuals learn from: latents, codes and labels of all cells.
 
-        Kept with the model, so that prediction needs no training data; at most 50,000 cells.
+        Validation cells are among them. Kept with the model, so that prediction needs no
+        training data; at most 50,000 cells, drawn at random.
         """
         cells = np.arange(self.adata.n_obs)
         if len(cells) > _MAX_REFERENCE_CELLS:

@@ -94,7 +94,7 @@ class DiscoverVAE(BaseModuleClass):
         reconstruction_weight: float = 0.8,
         shared_reconstruction_weight: float = 0.2,
         kl_z_weight: float = 1e-2,
-        kl_w_weight: float = 0.1,
+        kl_w_weight: float = 3.0,
         adversarial_weight: float = 100.0,
     ) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ class Covariates(nn.Module):
         super().__init__()
         self.embeddings = nn.ModuleList(nn.Embedding(n, n_output) for n in n_cats_per_key)
         for embedding in self.embeddings:
-            nn.init.normal_(embedding.weight, std=0.1)
+            nn.init.normal_(embedding.weight, std=0.01)
         self.linear = nn.Linear(n_continuous, n_output, bias=False) if n_continuous else None
 
     def forward(self, categories: Tensor, continuous: Tensor | None) -> Tensor | float:

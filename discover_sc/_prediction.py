@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ._model import DISCoVeR
 
+_WAYS_OF_THE_PRIOR = ("prior", "abduction")
 _ANCHOR = 0.5  # how far "auto" moves to the observed source profile
 _ANCHOR_CELLS = 20  # source cells at which the anchor has half of its weight
 _ANCHOR_LIBRARY = 1e4  # scale, in counts, on which log1p profiles are compared
@@ -139,11 +140,14 @@ def _fit_way(
         is_target=(codes == target_codes[list(target)]).all(axis=1),
         groups=cluster_groups(trained["z"]) if labels is None else labels,
     )
-    if not reference.is_target.any():
-        raise ValueError(
-            f"No training cell has {_level_names(model, target_codes)}, the combination asked for. "
-            "Ask for one key at a time, or use method='prior' of a model trained with it."
-        )
+    if method not in _WAYS_OF_THE_PRIOR:
+        for side, codes in ((reference.is_source, source_codes), (reference.is_target, target_codes)):
+            if not side.any():
+                raise ValueError(
+                    f"The model was set up with no cell under {_level_names(model, codes)}, which "
+                    f"method={method!r} compares. Ask for one key at a time, or use "
+                    "method='abduction', which asks the learned prior."
+                )
     return way.fit(reference), description
 
 

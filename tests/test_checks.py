@@ -128,7 +128,7 @@ def test_log_data_are_refused_by_the_name_of_their_layer_and_normal_is_offered(c
     DISCoVeR.setup_anndata(cells, condition_key="condition", layer="log")
     with pytest.raises(
         ValueError,
-        match=r"adata.layers\['log'\] holds values that are not integers .*gene_likelihood='normal'",
+        match=r"adata.layers\['log'\] holds values that are not integers.*gene_likelihood='normal'",
     ):
         DISCoVeR(cells)
     assert DISCoVeR(cells, gene_likelihood="normal").module.gene_likelihood == "normal"

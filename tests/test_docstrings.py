@@ -15,7 +15,9 @@ from discover_sc._training_plan import DiscoverTrainingPlan
 matplotlib.use("Agg")
 
 MODULES = ["discover_sc"] + [
-    module.name for module in pkgutil.walk_packages(discover_sc.__path__, "discover_sc.")
+    module.name
+    for module in pkgutil.walk_packages(discover_sc.__path__, "discover_sc.")
+    if not module.name.endswith("__main__")  # runs the command line when imported
 ]
 NAMESPACES = (discover_sc, discover_sc.data, discover_sc.evaluation, discover_sc.plotting)
 

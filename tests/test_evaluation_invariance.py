@@ -192,9 +192,10 @@ def test_a_condition_that_no_test_cell_has_does_not_count_against_the_probe():
     assert accuracies == {"logistic": 1.0, "nearest_neighbors": 1.0}
     assert chance == pytest.approx(1 / 3)
     assert error == pytest.approx(np.sqrt(2 * (2 / 9) / 20) / 2)
-    # a cell that is called by the absent class is wrong
-    accuracies, _, _ = condition_probes(latent, target, latent[20:], np.repeat([0, 1], 20))
-    assert accuracies == {"logistic": 0.0, "nearest_neighbors": 0.0}
+    # a cell that is given the absent class is wrong: recall 10 of 10 and 10 of 30
+    cells = np.repeat([0, 1, 2], [10, 10, 20])
+    accuracies, _, _ = condition_probes(latent, target, 10.0 * cells[:, None], np.minimum(cells, 1))
+    assert accuracies == pytest.approx({"logistic": 2 / 3, "nearest_neighbors": 2 / 3})
 
 
 def test_few_training_cells_have_fewer_neighbours():

@@ -186,3 +186,16 @@ def test_an_untrained_model_does_not_predict(adata):
         model.predict_counterfactual(adata, to="treat_1")
     model.train(max_epochs=1, **QUIET)
     assert model.predict_counterfactual(adata, to="treat_1", n_samples=2).n_obs == adata.n_obs
+
+
+def test_a_combination_without_cells_is_refused_but_the_prior_can_be_asked(adata):
+    adata.obs["dose"] = np.where(adata.obs["condition"] == "ctrl", "none", "high")
+    adata.obs.loc[adata.obs_names[::3], "dose"] = "low"
+    kept = adata[~((adata.obs["condition"] == "treat_1") & (adata.obs["dose"] == "low"))].copy()
+    model = train_small(kept, {"condition_key": ["condition", "dose"]})
+    source = kept[(kept.obs["condition"] == "ctrl").to_numpy()].copy()
+    to = {"condition": "treat_1", "dose": "low"}
+    with pytest.raises(ValueError, match=r"no cell under \['treat_1', 'low'\].*'abduction'"):
+        model.predict_counterfactual(source, to=to, method="shift")
+    predicted = model.predict_counterfactual(source, to=to, method="abduction", n_samples=2)
+    assert np.isfinite(predicted.X).all()

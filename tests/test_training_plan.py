@@ -218,7 +218,7 @@ def test_without_weight_the_adversary_is_neither_trained_nor_heard(adata):
         0.8 * model.history["reconstruction_loss_train"].iloc[-1, 0]
         + 0.2 * model.history["shared_reconstruction_loss_train"].iloc[-1, 0]
         + 0.01 * model.history["kl_z_train"].iloc[-1, 0]
-        + 0.1 * model.history["kl_w_train"].iloc[-1, 0]
+        + 3.0 * model.history["kl_w_train"].iloc[-1, 0]
     )
     assert model.history["train_loss"].iloc[-1, 0] == pytest.approx(expected, rel=1e-4)
 

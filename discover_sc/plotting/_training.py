@@ -50,7 +50,7 @@ def training_curves(
         known = sorted(key.removesuffix("_train") for key in history if key.endswith("_train"))
         raise KeyError(f"history has no {metric!r}; it has {known}. Choose one of them.")
     ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
-    for suffix, label in (("train", "training cells"), ("validation", "held-out cells")):
+    for suffix, label in (("train", "training cells"), ("validation", "validation cells")):
         if (key := f"{metric}_{suffix}") in history:
             curve = history[key]
             ax.plot(curve.index, curve[key].astype(float), label=label)
