@@ -176,7 +176,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read(path: Path):  # noqa: ANN202  (anndata is imported late)
+def _read(path: Path):
     import anndata as ad
 
     try:
@@ -184,10 +184,12 @@ def _read(path: Path):  # noqa: ANN202  (anndata is imported late)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{path} cannot be read as .h5ad ({error}). Give an AnnData file.") from error
+        raise ValueError(
+            f"{path} cannot be read as .h5ad ({error}). Give an AnnData file."
+        ) from error
 
 
-def _select(adata, conditions: list[str]):  # noqa: ANN001, ANN202
+def _select(adata, conditions: list[str]):
     """Keep the cells for which each column=value holds."""
     for condition in conditions:
         column, separator, value = condition.partition("=")
@@ -262,13 +264,13 @@ def _whole_folder(path: Path, force: bool, owned_file: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _history_table(history: dict):  # noqa: ANN202
+def _history_table(history: dict):
     import pandas as pd
 
     return pd.DataFrame({key: frame.iloc[:, 0] for key, frame in history.items()})
 
 
-def _rich_table(title: str, frame) -> Table:  # noqa: ANN001
+def _rich_table(title: str, frame) -> Table:
     table = Table(title=title)
     for column in frame.columns:
         numeric = frame[column].dtype.kind == "f"

@@ -73,7 +73,9 @@ def _scores(
 ) -> pd.DataFrame:
     def counts(cell_type: str, condition: str) -> object:
         obs = adata.obs
-        return adata[((obs["cell_type"] == cell_type) & (obs["condition"] == condition)).to_numpy()].X
+        return adata[
+            ((obs["cell_type"] == cell_type) & (obs["condition"] == condition)).to_numpy()
+        ].X
 
     others = [t for t in adata.obs["cell_type"].unique() if t != held_out]
     table = evaluation.counterfactual_table(
@@ -121,9 +123,7 @@ def _save_curves(model: DISCoVeR, folder: Path) -> None:
     _save(figure, folder / "training.png")
 
 
-def _save_scatter(
-    predicted: AnnData, treated: AnnData, control: AnnData, folder: Path
-) -> None:
+def _save_scatter(predicted: AnnData, treated: AnnData, control: AnnData, folder: Path) -> None:
     base = evaluation.log_mean_profile(control.X)
     figure, ax = plt.subplots(figsize=(5.5, 5), layout="constrained")
     plotting.counterfactual_scatter(

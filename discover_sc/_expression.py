@@ -62,9 +62,7 @@ def expected_expression(
     return pd.DataFrame(expression[0], adata.obs_names[cells[restore]], adata.var_names[genes])
 
 
-def sorted_cells(
-    adata: AnnData, indices: Sequence[int] | None
-) -> tuple[np.ndarray, np.ndarray]:
+def sorted_cells(adata: AnnData, indices: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
     """Return cells in ascending order, and where each one asked for then stands.
 
     The data loader reads minibatches of a backed file in ascending order, whatever it is asked.
@@ -133,9 +131,7 @@ def _gene_columns(adata: AnnData, gene_list: Sequence[str] | None) -> np.ndarray
     return np.flatnonzero(adata.var_names.isin(gene_list))
 
 
-def _batch_codes(
-    model: DISCoVeR, transform_batch: str | Sequence[str] | None
-) -> list[int | None]:
+def _batch_codes(model: DISCoVeR, transform_batch: str | Sequence[str] | None) -> list[int | None]:
     if transform_batch is None:
         return [None]
     known = list(

@@ -43,10 +43,10 @@ def reconstruction_losses(
         return [-px.log_prob(x).sum(-1) for px in likelihoods]
     nonzero = _NonZero(x)
     if isinstance(likelihoods[0], Poisson):
-        constant = nonzero.sum_per_cell(torch.lgamma(nonzero.x + 1))
-        return [_poisson_loss(px.rate, nonzero) + constant for px in likelihoods]
+        constant = torch.lgamma(nonzero.x + 1)
+        return [_poisson_loss(px.rate, nonzero, constant) for px in likelihoods]
     theta_nonzero = nonzero.pick(theta)
-    constant = nonzero.sum_per_cell(
+    constant = (
         torch.lgamma(theta_nonzero)
         - torch.lgamma(nonzero.x + theta_nonzero)
         + torch.lgamma(nonzero.x + 1)
@@ -56,7 +56,7 @@ def reconstruction_losses(
         if isinstance(likelihoods[0], ZeroInflatedNegativeBinomial)
         else _negative_binomial_loss
     )
-    return [loss(px, x, nonzero, theta, theta_nonzero) + constant for px in likelihoods]
+    return [loss(px, nonzero, theta, theta_nonzero, constant) for px in likelihoods]
 
 
 class _NonZero:
@@ -79,28 +79,37 @@ class _NonZero:
         return values.new_zeros(self._n_cells).index_add(0, self._cell, values)
 
 
-def _poisson_loss(rate: Tensor, nonzero: _NonZero) -> Tensor:
+# In the losses below the large terms of an entry are combined before the sum over genes: at deep
+# libraries two sums of millions of nats would leave no digits for their difference.
+
+
+def _poisson_loss(rate: Tensor, nonzero: _NonZero, constant: Tensor) -> Tensor:
     log_rate = torch.log(nonzero.pick(rate) + _EPS)
-    return rate.sum(-1) - nonzero.sum_per_cell(nonzero.x * log_rate)
+    return rate.sum(-1) + nonzero.sum_per_cell(constant - nonzero.x * log_rate)
 
 
 def _negative_binomial_loss(
-    px: NegativeBinomial, x: Tensor, nonzero: _NonZero, theta: Tensor, theta_nonzero: Tensor
+    px: NegativeBinomial,
+    nonzero: _NonZero,
+    theta: Tensor,
+    theta_nonzero: Tensor,
+    constant: Tensor,
 ) -> Tensor:
-    """Negative log-likelihood without the terms in lgamma."""
+    """Negative log-likelihood; ``constant`` holds the terms in lgamma of the non-zero counts."""
     log_sum = torch.log(theta + px.mu + _EPS)
-    dense = ((x + theta) * log_sum - theta * torch.log(theta + _EPS)).sum(-1)
-    return dense - nonzero.sum_per_cell(nonzero.x * torch.log(nonzero.pick(px.mu) + _EPS))
+    zero = (theta * (log_sum - torch.log(theta + _EPS))).sum(-1)
+    log_mu = torch.log(nonzero.pick(px.mu) + _EPS)
+    return zero + nonzero.sum_per_cell(constant + nonzero.x * (nonzero.pick(log_sum) - log_mu))
 
 
 def _zinb_loss(
     px: ZeroInflatedNegativeBinomial,
-    x: Tensor,
     nonzero: _NonZero,
     theta: Tensor,
     theta_nonzero: Tensor,
+    constant: Tensor,
 ) -> Tensor:
-    """Negative log-likelihood without the terms in lgamma.
+    """Negative log-likelihood; ``constant`` holds the terms in lgamma of the non-zero counts.
 
     A zero comes from either source, log(pi + (1 - pi) NB(0)); a count only from the NB.
     """
@@ -110,7 +119,8 @@ def _zinb_loss(
     log_mu = torch.log(nonzero.pick(px.mu) + _EPS)
     log_sum = torch.log(theta_nonzero + nonzero.pick(px.mu) + _EPS)
     count = (
-        F.softplus(nonzero.pick(logits))  # -log(1 - pi)
+        constant
+        + F.softplus(nonzero.pick(logits))  # -log(1 - pi)
         - nonzero.pick(log_zero)
         + nonzero.x * (log_sum - log_mu)
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 import torch
-from scvi import REGISTRY_KEYS, settings
+from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 from scvi.data._utils import _check_if_view  # the public way refuses views
 from scvi.data.fields import (
@@ -31,6 +31,7 @@ from .data._checks import (
     check_conditions,
     check_counts,
     check_finite,
+    check_finite_columns,
     check_names,
     check_no_missing,
     match_genes,
@@ -230,7 +231,7 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         del setup_method_args["setup_args"]["source_registry"]
-        condition_keys = [condition_key] if isinstance(condition_key, str) else list(condition_key)
+        condition_keys = _as_list(condition_key)
         columns = {
             "condition_key": condition_keys,
             "batch_key": batch_key,
@@ -243,6 +244,11 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
         check_columns(adata, **columns)
         check_no_missing(adata, **columns)
         check_finite(adata, layer)
+        check_finite_columns(
+            adata,
+            size_factor_key=size_factor_key,
+            continuous_covariate_keys=continuous_covariate_keys,
+        )
         _check_size_factor(adata, size_factor_key)
         if source_registry is None:
             check_conditions(adata, condition_keys)
@@ -307,7 +313,9 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
     def _n_cats_per_covariate(self) -> list[int]:
         if REGISTRY_KEYS.CAT_COVS_KEY not in self.adata_manager.data_registry:
             return []
-        return list(self.adata_manager.get_state_registry(REGISTRY_KEYS.CAT_COVS_KEY).n_cats_per_key)
+        return list(
+            self.adata_manager.get_state_registry(REGISTRY_KEYS.CAT_COVS_KEY).n_cats_per_key
+        )
 
     def _library_scale(self) -> float | None:
         """Return the total count that a size factor of 1 stands for, if there are size factors."""
@@ -609,7 +617,21 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
     ) -> pd.DataFrame | np.ndarray:
         """Expression decoded from z alone: what the cell is, whatever was done to it.
 
-        Arguments, result and errors are those of :meth:`get_normalized_expression`.
+        Parameters
+        ----------
+        adata, indices, transform_batch, gene_list, library_size, n_samples
+            As in :meth:`get_normalized_expression`.
+        n_samples_overall, batch_size, return_mean, return_numpy
+            As in :meth:`get_normalized_expression`.
+
+        Returns
+        -------
+        As from :meth:`get_normalized_expression`.
+
+        Raises
+        ------
+        ValueError
+            If a batch or a gene is unknown.
         """
         return expected_expression(
             self,
@@ -728,7 +750,6 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
             _check_known_conditions(adata, registry)
         return super().load(dir_path, adata, accelerator, device, prefix)
 
-
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
         """Check cells that are new to the model, put their genes in order, register them."""
         if adata is not None and adata is not self.adata:
@@ -753,6 +774,17 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
 
 
 _UNTRAINED = "The model has not been trained; it knows nothing yet. Call model.train() first."
+
+
+def _as_list(condition_key: str | list[str]) -> list[str]:
+    if isinstance(condition_key, str):
+        return [condition_key]
+    if not condition_key:
+        raise ValueError(
+            f"condition_key is {condition_key!r}; it must name a column of adata.obs, or several. "
+            "Name the column that holds the treatment."
+        )
+    return list(condition_key)
 
 
 def _check_known_conditions(adata: AnnData, registry: dict) -> None:

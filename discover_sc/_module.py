@@ -235,9 +235,7 @@ class DiscoverVAE(BaseModuleClass):
             PX_KEY: self._likelihood(
                 self.decoder(torch.cat([z, w], dim=-1), *covariates), library, theta
             ),
-            PX_SHARED_KEY: self._likelihood(
-                self.shared_decoder(z, *covariates), library, theta
-            ),
+            PX_SHARED_KEY: self._likelihood(self.shared_decoder(z, *covariates), library, theta),
             PW_KEY: self.prior(z, condition_index),
             THETA_KEY: theta,
         }

@@ -130,9 +130,7 @@ class Decoder(nn.Module):
         n_continuous: int,
     ) -> None:
         super().__init__()
-        self.hidden = HiddenLayers(
-            n_latent, n_hidden, n_layers, 0.0, n_cats_per_key, n_continuous
-        )
+        self.hidden = HiddenLayers(n_latent, n_hidden, n_layers, 0.0, n_cats_per_key, n_continuous)
         self.output = nn.Linear(n_hidden, n_output)
 
     def forward(self, latent: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:

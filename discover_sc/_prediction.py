@@ -54,7 +54,16 @@ def predict_counterfactual(
             used["+".join(_level_names(model, codes))] = description
             anchor = _Anchor(model, source, cells, batch_size) if method == "auto" else None
             _predict_cells(
-                model, source, cells, way, anchor, result, n_samples, interval, library_size, batch_size
+                model,
+                source,
+                cells,
+                way,
+                anchor,
+                result,
+                n_samples,
+                interval,
+                library_size,
+                batch_size,
             )
     return _finish(model, source, result, target, used, n_samples, interval, library_size, seed)
 
@@ -141,7 +150,10 @@ def _fit_way(
         groups=cluster_groups(trained["z"]) if labels is None else labels,
     )
     if method not in _WAYS_OF_THE_PRIOR:
-        for side, codes in ((reference.is_source, source_codes), (reference.is_target, target_codes)):
+        for side, codes in (
+            (reference.is_source, source_codes),
+            (reference.is_target, target_codes),
+        ):
             if not side.any():
                 raise ValueError(
                     f"The model was set up with no cell under {_level_names(model, codes)}, which "

@@ -124,9 +124,7 @@ class DiscoverTrainingPlan(TrainingPlan):
         fused = self.device.type in ("cpu", "cuda", "mps")  # a quarter of the step, unfused
         options = {"eps": self.eps, "weight_decay": self.weight_decay, "fused": fused}
         model = torch.optim.AdamW(self._model_parameters(), lr=self.lr, **options)
-        adversary = torch.optim.AdamW(
-            self._adversary_parameters(), lr=self.adversary_lr, **options
-        )
+        adversary = torch.optim.AdamW(self._adversary_parameters(), lr=self.adversary_lr, **options)
         schedulers = []
         if self.reduce_lr_on_plateau:
             schedule = ReduceLROnPlateau(
@@ -294,6 +292,12 @@ class InvarianceStopping(pl.Callback):
     ------
     ValueError
         When training starts without validation cells.
+
+    Examples
+    --------
+    >>> stop = InvarianceStopping(patience=5)
+    >>> stop.patience
+    5
     """
 
     def __init__(
@@ -310,7 +314,8 @@ class InvarianceStopping(pl.Callback):
         self._n_passed = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: DiscoverTrainingPlan) -> None:
-        """Refuse to judge without held-out cells."""
+        """Start afresh; refuse to judge without held-out cells."""
+        self._n_passed = 0
         if len(trainer.datamodule.val_idx) == 0:
             raise ValueError(
                 "Stopping on invariance needs validation cells and there are none. "

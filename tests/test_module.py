@@ -93,7 +93,9 @@ def test_the_reconstruction_that_the_adversary_reads_is_free_of_depth():
     inputs = module._get_generative_input(tensors, inference)
     read = [
         module.adversary_representations(
-            tensors, inference, module.generative(**{**inputs, "library": inputs["library"] + shift})
+            tensors,
+            inference,
+            module.generative(**{**inputs, "library": inputs["library"] + shift}),
         )["reconstruction"]
         for shift in (0.0, 3.0)
     ]
@@ -127,7 +129,9 @@ def test_size_factors_replace_total_counts_up_to_scale():
 
 def test_conditional_targets_are_the_frequencies_given_the_label():
     targets = torch.tensor([[0.2, 0.8], [0.5, 0.5], [1.0, 0.0]])
-    module = DiscoverVAE(N_GENES, [targets], n_latent=3, n_latent_specific=3, invariance="conditional")
+    module = DiscoverVAE(
+        N_GENES, [targets], n_latent=3, n_latent_specific=3, invariance="conditional"
+    )
     tensors = make_tensors()
     labels = tensors[REGISTRY_KEYS.LABELS_KEY].squeeze()
     assert torch.equal(module._targets(tensors)[0], targets[labels])
@@ -146,12 +150,12 @@ def test_a_new_batch_level_leaves_reference_cells_as_they_are():
     new = make_module(n_batch=3, n_cats_per_cov=[3]).eval()
     state = new.state_dict()
     for name, tensor in old.state_dict().items():
-        state[name] = torch.cat([tensor, state[name][len(tensor) :]]) if (
-            tensor.shape != state[name].shape
-        ) else tensor
+        state[name] = (
+            torch.cat([tensor, state[name][len(tensor) :]])
+            if (tensor.shape != state[name].shape)
+            else tensor
+        )
     new.load_state_dict(state)
-    tensors = make_tensors() | {
-        REGISTRY_KEYS.CAT_COVS_KEY: torch.arange(N_CELLS).unsqueeze(1) % 3
-    }
+    tensors = make_tensors() | {REGISTRY_KEYS.CAT_COVS_KEY: torch.arange(N_CELLS).unsqueeze(1) % 3}
     z, w, library = torch.zeros(N_CELLS, 3), torch.ones(N_CELLS, 3), torch.zeros(N_CELLS, 1)
     assert torch.equal(old.decode(z, w, library, tensors).mu, new.decode(z, w, library, tensors).mu)

@@ -163,14 +163,14 @@ def history():
     return {name: curve(name, values) for name, values in curves.items()}
 
 
-def test_training_curves_draw_training_and_held_out_cells_over_epochs(history):
+def test_training_curves_draw_training_and_validation_cells_over_epochs(history):
     ax = training_curves(history)
-    train, held_out, chance = ax.get_lines()
-    assert train.get_xdata().tolist() == held_out.get_xdata().tolist() == [0, 1, 2]
+    train, validation, chance = ax.get_lines()
+    assert train.get_xdata().tolist() == validation.get_xdata().tolist() == [0, 1, 2]
     assert train.get_ydata().tolist() == [0.7, 0.6, 0.65]
-    assert held_out.get_ydata().tolist() == [0.8, 0.75, 0.72]
+    assert validation.get_ydata().tolist() == [0.8, 0.75, 0.72]
     assert set(chance.get_ydata()) == {0.69}
-    assert legend_texts(ax) == ["training cells", "held-out cells", "reading nothing"]
+    assert legend_texts(ax) == ["training cells", "validation cells", "reading nothing"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "adversary cross entropy (nats)")
 
 

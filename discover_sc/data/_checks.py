@@ -65,6 +65,11 @@ def check_finite(adata: AnnData, layer: str | None = None) -> None:
         If the layer does not exist.
     ValueError
         If the matrix is missing or a value is NaN or infinite.
+
+    Examples
+    --------
+    >>> from discover_sc.data import simulate
+    >>> check_finite(simulate(20, 10))
     """
     for block in _chunks(_matrix(adata, layer)):
         values = _stored_values(block)
@@ -98,6 +103,16 @@ def check_counts(adata: AnnData, layer: str | None = None) -> None:
     -----
     UserWarning
         If genes have no counts in any cell.
+
+    Examples
+    --------
+    >>> from discover_sc.data import simulate
+    >>> adata = simulate(20, 10)
+    >>> adata.X = adata.X.log1p()
+    >>> check_counts(adata)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    ValueError: adata.X holds values that are not integers ...
     """
     check_finite(adata, layer)
     gene_totals = np.zeros(adata.n_vars)
@@ -180,6 +195,19 @@ def check_names(adata: AnnData) -> None:
             )
 
 
+def check_finite_columns(adata: AnnData, **columns: str | list[str] | None) -> None:
+    """Refuse continuous columns of ``adata.obs`` that are infinite or not numbers."""
+    for argument, names in columns.items():
+        for name in [names] if isinstance(names, str) else (names or []):
+            values = pd.to_numeric(adata.obs[name], errors="coerce").to_numpy(dtype=float)
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"{argument}: adata.obs[{name!r}] holds values that are infinite or no "
+                    "numbers; continuous values are finite numbers. Correct them, or pass the "
+                    "column as categorical."
+                )
+
+
 def check_conditions(adata: AnnData, condition_keys: list[str]) -> None:
     """Refuse a condition key with a single level, or levels with too few cells to learn from."""
     for key in condition_keys:
@@ -187,7 +215,7 @@ def check_conditions(adata: AnnData, condition_keys: list[str]) -> None:
         counts = levels.value_counts()  # unused categories count as zero
         if len(counts) < 2:
             raise ValueError(
-                f"adata.obs[{key!r}] has only one condition, {counts.index[0]!r}; at least two are "
+                f"adata.obs[{key!r}] has only one condition, {str(counts.index[0])!r}; at least two are "
                 "needed to tell what a condition does. Add cells of another condition."
             )
         rare = counts[counts < _MIN_CELLS]
@@ -201,6 +229,7 @@ def check_conditions(adata: AnnData, condition_keys: list[str]) -> None:
 
 def match_genes(adata: AnnData, genes: Sequence[str]) -> AnnData:
     """Return the data with the model's genes in the model's order; a copy if that changes it."""
+    check_names(adata)
     missing = [gene for gene in genes if gene not in adata.var_names]
     if missing:
         raise ValueError(

@@ -83,6 +83,7 @@ def simulate(
     >>> adata.shape
     (200, 50)
     """
+    arguments = {name: value for name, value in locals().items() if value is not None}
     conditions = ["ctrl", *(f"treat_{k}" for k in range(1, n_conditions))]
     types = [f"type_{k}" for k in range(n_types)]
     _check_arguments(n_conditions, conditions, types, drop or {})
@@ -126,7 +127,7 @@ def simulate(
     adata.obsm["shared_programs"] = programs
     adata.varm["common_effect"] = common.T
     adata.uns["type_effects"] = dict(zip(conditions, type_effects, strict=True))
-    adata.uns["simulation"] = {"seed": seed, "effect_scale": effect_scale}
+    adata.uns["simulation"] = arguments
     return adata
 
 
@@ -173,7 +174,5 @@ def _softmax(log_values: np.ndarray) -> np.ndarray:
     return values / values.sum(axis=1, keepdims=True)
 
 
-def _negative_binomial(
-    rng: np.random.Generator, mean: np.ndarray, theta: np.ndarray
-) -> np.ndarray:
+def _negative_binomial(rng: np.random.Generator, mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
     return rng.poisson(mean * rng.gamma(theta, 1.0 / theta, size=mean.shape))

@@ -87,10 +87,13 @@ def probe_accuracy(
 
 
 def _probes(n_cells: int, n_folds: int, seed: int) -> dict[str, object]:
-    n_neighbors = min(_N_NEIGHBORS, n_cells - n_cells // n_folds - 1)
+    n_neighbors = max(1, min(_N_NEIGHBORS, n_cells - n_cells // n_folds - 1))
     classifiers = {
         "logistic": LogisticRegression(max_iter=1000),
-        "mlp": MLPClassifier((64,), max_iter=200, early_stopping=True, random_state=seed),
+        # early stopping would set cells aside, and on few cells stop at the initial weights
+        "mlp": MLPClassifier(
+            (64,), alpha=1.0, learning_rate_init=3e-3, tol=1e-3, max_iter=200, random_state=seed
+        ),
         "nearest_neighbors": KNeighborsClassifier(n_neighbors),
     }
     return {name: make_pipeline(StandardScaler(), c) for name, c in classifiers.items()}
@@ -100,11 +103,11 @@ def _check_classes(target: np.ndarray, n_folds: int) -> None:
     classes, counts = np.unique(target, return_counts=True)
     if len(classes) < 2:
         raise ValueError(
-            f"All cells have the class {classes[0]!r}; a probe needs at least two classes. "
+            f"All cells have the class {str(classes[0])!r}; a probe needs at least two classes. "
             "Evaluate cells of several classes together."
         )
     if counts.min() < n_folds:
-        rare = classes[counts.argmin()]
+        rare = str(classes[counts.argmin()])
         raise ValueError(
             f"Class {rare!r} has {counts.min()} cells; each class needs at least "
             f"n_folds={n_folds}. Leave that class out or lower n_folds."
@@ -135,6 +138,13 @@ def condition_probes(
     ------
     ValueError
         If the training or the test cells are all of one class.
+
+    Examples
+    --------
+    >>> z = [[0.0], [0.1], [0.2], [9.0], [9.1], [9.2]]
+    >>> accuracies, chance, error = condition_probes(z, [0, 0, 0, 1, 1, 1], z, [0, 0, 0, 1, 1, 1])
+    >>> accuracies["logistic"], chance
+    (1.0, 0.5)
     """
     target_train, target_test = np.asarray(target_train), np.asarray(target_test)
     for target in (target_train, target_test):

@@ -48,6 +48,19 @@ def report(model: _LatentModel, adata: AnnData, *, labels_key: str | None = None
     ------
     KeyError
         If ``labels_key`` is not a column of ``adata.obs``.
+    ValueError
+        If a condition has fewer than 5 cells among these, one for each fold.
+
+    Examples
+    --------
+    >>> import discover_sc
+    >>> adata = discover_sc.data.simulate(200, 50)
+    >>> discover_sc.DISCoVeR.setup_anndata(adata, condition_key="condition")
+    >>> model = discover_sc.DISCoVeR(adata)
+    >>> model.train(max_epochs=2, enable_progress_bar=False)
+    >>> table = report(model, adata)
+    >>> list(table["question"].unique())
+    ['condition left in z', 'condition found in w']
     """
     labels_key = labels_key or model.labels_key
     if labels_key is not None and labels_key not in adata.obs:
