@@ -1,9 +1,9 @@
 """From (z, w) under one condition to w under another: one small class per way.
 
-Every way is fitted on the latents of the cells that the model was set up with and moves the latents of source cells. A
-group (cell type) counts as *matched* if they hold it under both conditions; the
-ways that compare treated with untreated cells use matched groups only, so that the change is
-never read off cells of which one side is missing.
+Every way is fitted on the latents of the cells that the model was set up with and moves the
+latents of source cells. A group (cell type) counts as *matched* if they hold it under both
+conditions; the ways that compare treated with untreated cells use matched groups only, so that
+the change is never read off cells of which one side is missing.
 """
 
 from __future__ import annotations

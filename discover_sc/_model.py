@@ -674,9 +674,9 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
             How w is replaced; see the user guide. ``"shift"`` adds the mean change of w,
             ``"neighbors"`` that of neighbours in z, ``"linear"`` the difference of two ridge
             regressions of w on z, ``"prior"`` takes the learned prior's mean, ``"abduction"``
-            adds the difference of the prior's means. ``"auto"`` averages abduction and neighbors (shift and
-            neighbors under ``prior="class_mean"``), and moves the prediction half-way to the observed
-            profile of the source group where the decoder misses it.
+            adds the difference of the prior's means. ``"auto"`` averages abduction and neighbors
+            (shift and neighbors under ``prior="class_mean"``) and adds half of what the decoder
+            misses of the source group's own observed profile.
         n_samples
             Posterior draws per cell, at least 2.
         interval

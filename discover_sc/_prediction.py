@@ -53,18 +53,8 @@ def predict_counterfactual(
             way, description = _fit_way(model, method, codes, target)
             used["+".join(_level_names(model, codes))] = description
             anchor = _Anchor(model, source, cells, batch_size) if method == "auto" else None
-            _predict_cells(
-                model,
-                source,
-                cells,
-                way,
-                anchor,
-                result,
-                n_samples,
-                interval,
-                library_size,
-                batch_size,
-            )
+            batches = _batches(model, source, cells, batch_size)
+            _predict_cells(model, batches, way, anchor, result, n_samples, interval, library_size)
     return _finish(model, source, result, target, used, n_samples, interval, library_size, seed)
 
 
@@ -90,8 +80,8 @@ def _target_levels(model: DISCoVeR, to: str | dict[str, str]) -> dict[int, int]:
     if not isinstance(to, dict):
         if len(conditions) > 1:
             raise ValueError(
-                f"to is {to!r} and there are several condition keys, {list(conditions)}. Say which: "
-                "to={key: level}."
+                f"to is {to!r} and there are several condition keys, {list(conditions)}. Say "
+                "which: to={key: level}."
             )
         to = {next(iter(conditions)): to}
     target = {}
@@ -203,19 +193,17 @@ def _move(way: Way, z: Tensor, w: Tensor) -> Tensor:
 
 def _predict_cells(
     model: DISCoVeR,
-    source: ad.AnnData,
-    cells: np.ndarray,
+    batches: Iterator[tuple[np.ndarray, dict[str, Tensor], dict]],
     way: Way,
     anchor: _Anchor | None,
     result: _Result,
     n_samples: int,
     interval: float,
     library_size: float,
-    batch_size: int | None,
 ) -> None:
     """Fill the rows of some cells, all under one source condition."""
     tails = torch.tensor([(1 - interval) / 2, (1 + interval) / 2], device=model.device)
-    for rows, tensors, outputs in _batches(model, source, cells, batch_size):
+    for rows, tensors, outputs in batches:
         qz, qw, library = outputs[QZ_KEY], outputs[QW_KEY], outputs[LIBRARY_KEY]
         draws = []
         for _ in range(n_samples):

@@ -309,11 +309,12 @@ def test_conditions_that_the_model_does_not_know_are_refused(adata, tmp_path, us
     other = simulate(60, 60, n_conditions=3, seed=2)
     message = r"Conditions \['treat_2'\] .* not known to the model; known are \['ctrl', 'treat_1'\]"
     model.save(str(tmp_path / "model"))
+    call = {
+        "latents": model.get_latent_representation,
+        "load": lambda cells: DISCoVeR.load(str(tmp_path / "model"), cells),
+    }[use]
     with pytest.raises(ValueError, match=message):
-        if use == "latents":
-            model.get_latent_representation(other)
-        else:
-            DISCoVeR.load(str(tmp_path / "model"), other)
+        call(other)
 
 
 @pytest.mark.parametrize(

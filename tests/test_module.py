@@ -129,9 +129,7 @@ def test_size_factors_replace_total_counts_up_to_scale():
 
 def test_conditional_targets_are_the_frequencies_given_the_label():
     targets = torch.tensor([[0.2, 0.8], [0.5, 0.5], [1.0, 0.0]])
-    module = DiscoverVAE(
-        N_GENES, [targets], n_latent=3, n_latent_specific=3, invariance="conditional"
-    )
+    module = DiscoverVAE(N_GENES, [targets], invariance="conditional")
     tensors = make_tensors()
     labels = tensors[REGISTRY_KEYS.LABELS_KEY].squeeze()
     assert torch.equal(module._targets(tensors)[0], targets[labels])

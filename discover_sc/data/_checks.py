@@ -215,8 +215,8 @@ def check_conditions(adata: AnnData, condition_keys: list[str]) -> None:
         counts = levels.value_counts()  # unused categories count as zero
         if len(counts) < 2:
             raise ValueError(
-                f"adata.obs[{key!r}] has only one condition, {str(counts.index[0])!r}; at least two are "
-                "needed to tell what a condition does. Add cells of another condition."
+                f"adata.obs[{key!r}] has only one condition, {str(counts.index[0])!r}; at least "
+                "two are needed to tell what a condition does. Add cells of another condition."
             )
         rare = counts[counts < _MIN_CELLS]
         if len(rare):

@@ -92,9 +92,7 @@ def _read_sce(path: Path) -> ad.AnnData:
         {
             "condition": pd.Categorical(np.asarray(columns["group_id"], dtype=str)),
             "cell_type": pd.Categorical(np.asarray(columns["cluster_id"], dtype=str)),
-            "donor": pd.Categorical(
-                [name.removeprefix("ctrl").removeprefix("stim") for name in sample]
-            ),
+            "donor": pd.Categorical([name[-3:] for name in sample]),  # ctrl101 -> 101
             "sample": sample,
         },
         index=cells,

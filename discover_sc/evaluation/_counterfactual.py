@@ -66,7 +66,7 @@ def top_genes(
 
     Examples
     --------
-    >>> top_genes([[1, 9, 5], [2, 8, 5]], [[1, 1, 5], [2, 2, 5]], n_top=1)
+    >>> top_genes([[1, 9, 5], [2, 8, 6], [1, 9, 4]], [[1, 1, 5], [2, 2, 6], [2, 1, 4]], n_top=1)
     array([1])
     """
     statistic, _ = _t_test(treated, control)
