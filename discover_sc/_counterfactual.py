@@ -9,7 +9,7 @@ the change is never read off cells of which one side is missing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
     from ._module import DiscoverVAE
 
-Method = Literal["auto", "shift", "prior", "abduction", "neighbors", "linear"]
-METHODS: tuple[str, ...] = ("auto", "shift", "prior", "abduction", "neighbors", "linear")
+Method = Literal["auto", "shift", "prior", "abduction", "neighbors", "groups", "linear"]
+METHODS: tuple[str, ...] = get_args(Method)
 
 _MIN_GROUP_CELLS = 5
 _N_NEIGHBORS = 15
+_N_VOTES = 30
 _RIDGE = 1.0
 
 
@@ -105,20 +106,23 @@ class Shift:
 
     def fit(self, reference: Reference) -> Shift:
         """Learn one vector."""
-        changes = []
-        for group in reference.matched_groups or [None]:
-            inside = np.full(len(reference.w), True) if group is None else reference.groups == group
-            treated, control = (
-                reference.w[inside & side].mean(axis=0)
-                for side in (reference.is_target, reference.is_source)
-            )
-            changes.append(treated - control)
-        self.change = np.mean(changes, axis=0)
+        groups = reference.matched_groups or [None]
+        self.change = np.mean([_mean_change(reference, group) for group in groups], axis=0)
         return self
 
     def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
         """Return w plus the change."""
         return w + self.change
+
+
+def _mean_change(reference: Reference, group: object | None) -> np.ndarray:
+    """Return the mean change of w of one group, or of all cells."""
+    inside = np.full(len(reference.w), True) if group is None else reference.groups == group
+    treated, control = (
+        reference.w[inside & side].mean(axis=0)
+        for side in (reference.is_target, reference.is_source)
+    )
+    return treated - control
 
 
 class Neighbors:
@@ -140,6 +144,35 @@ class Neighbors:
             for index, side_w in self._sides
         )
         return w + treated - control
+
+
+class Groups:
+    """Add the change of w of the groups whose source cells look alike in w.
+
+    Both sides of the comparison are under the source condition, where w can be compared between
+    groups; each matched group votes with its share among the nearest cells.
+    """
+
+    def fit(self, reference: Reference) -> Groups:
+        """Learn the change of each matched group and index its source cells."""
+        groups = reference.matched_groups
+        if not groups:
+            self._shift = Shift().fit(reference)
+            return self
+        self._shift = None
+        self._changes = np.stack([_mean_change(reference, group) for group in groups])
+        cells = reference.matched(reference.is_source)
+        self._membership = reference.groups[cells][:, None] == np.asarray(groups)
+        self._index = NearestNeighbors(n_neighbors=min(_N_VOTES, cells.sum()))
+        self._index.fit(reference.w[cells])
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return w plus the groups' changes, weighted by their votes."""
+        if self._shift is not None:
+            return self._shift(z, w)
+        nearest = self._index.kneighbors(w, return_distance=False)
+        return w + self._membership[nearest].mean(axis=1) @ self._changes
 
 
 class Linear:
@@ -248,6 +281,7 @@ def choose_way(
         "prior": Prior(module, target_codes),
         "abduction": abduction,
         "neighbors": Neighbors(),
+        "groups": Groups(),
         "linear": Linear(),
     }
     if method in ways:
@@ -258,5 +292,5 @@ def choose_way(
             "'auto' is the default."
         )
     if isinstance(module.prior, LearnedPrior):
-        return Blend([abduction, Neighbors()]), "abduction + neighbors"
-    return Blend([Shift(), Neighbors()]), "shift + neighbors"
+        return Blend([abduction, Neighbors(), Groups()]), "abduction + neighbors + groups"
+    return Blend([Neighbors(), Groups()]), "neighbors + groups"

@@ -672,11 +672,12 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
             each cell's level.
         method
             How w is replaced; see the user guide. ``"shift"`` adds the mean change of w,
-            ``"neighbors"`` that of neighbours in z, ``"linear"`` the difference of two ridge
-            regressions of w on z, ``"prior"`` takes the learned prior's mean, ``"abduction"``
-            adds the difference of the prior's means. ``"auto"`` averages abduction and neighbors
-            (shift and neighbors under ``prior="class_mean"``) and adds half of what the decoder
-            misses of the source group's own observed profile.
+            ``"groups"`` that of the groups whose source cells look alike in w, ``"neighbors"``
+            that of neighbours in z, ``"linear"`` the difference of two ridge regressions of w on
+            z; ``"prior"`` takes the learned prior's mean, ``"abduction"`` adds the difference of
+            the prior's means. ``"auto"`` averages abduction (unless ``prior="class_mean"``),
+            neighbors and groups, and adds what the decoder misses of the source group's own
+            observed profile, shrunk by the number of source cells.
         n_samples
             Posterior draws per cell, at least 2.
         interval

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from ._model import DISCoVeR
 
 _WAYS_OF_THE_PRIOR = ("prior", "abduction")
-_ANCHOR = 0.5  # how far "auto" moves to the observed source profile
-_ANCHOR_CELLS = 20  # source cells at which the anchor has half of its weight
+_ANCHOR_CELLS = 50  # source cells at which the anchor has half of its weight
 _ANCHOR_LIBRARY = 1e4  # scale, in counts, on which log1p profiles are compared
 
 
@@ -248,10 +247,11 @@ def _sample_counts(
 
 
 class _Anchor:
-    """Half of the log difference between observed and decoded source profile, per group.
+    """The log difference between observed and decoded source profile, per group.
 
     A decoder smooths: it misses part of what is particular to a group. The part is seen on the
-    source cells themselves, never on treated ones, and added to the prediction.
+    source cells themselves, never on treated ones, shrunk by the number of cells that it was
+    seen on, and added to the prediction.
     """
 
     def __init__(
@@ -278,7 +278,7 @@ class _Anchor:
             decoded.index_add_(0, group, px.scale)
             n_cells.index_add_(0, group, torch.ones(len(rows), 1, device=model.device))
         per_cell = _ANCHOR_LIBRARY / n_cells.clamp(min=1)
-        weight = _ANCHOR * n_cells / (n_cells + _ANCHOR_CELLS)
+        weight = n_cells / (n_cells + _ANCHOR_CELLS)
         self._log_factor = weight * (
             torch.log1p(observed * per_cell) - torch.log1p(decoded * per_cell)
         )

@@ -6,6 +6,7 @@ from discover_sc._counterfactual import (
     METHODS,
     Abduction,
     Blend,
+    Groups,
     Linear,
     Neighbors,
     Prior,
@@ -59,7 +60,7 @@ def test_without_any_matched_group_all_cells_count():
     np.testing.assert_allclose(moved - SOURCE_W, [[1.0, -2.0]] * 3, atol=0.05)
 
 
-@pytest.mark.parametrize("way", [Shift, Neighbors, Linear], ids=lambda w: w.__name__)
+@pytest.mark.parametrize("way", [Shift, Neighbors, Groups, Linear], ids=lambda w: w.__name__)
 def test_a_constant_change_is_added_and_the_cell_keeps_its_residual(way):
     moved = way().fit(make_reference(constant))(SOURCE_Z, SOURCE_W)
     np.testing.assert_allclose(moved - SOURCE_W, [[1.0, -2.0]] * 3, atol=0.05)
@@ -95,6 +96,30 @@ def test_neighbors_agree_with_a_plain_loop():
         distance = np.linalg.norm(reference.z[cells] - SOURCE_Z[1], axis=1)
         means.append(reference.w[cells[np.argsort(distance)[:15]]].mean(axis=0))
     np.testing.assert_allclose(moved[0], SOURCE_W[1] + means[0] - means[1], rtol=1e-5)
+
+
+def test_groups_vote_by_how_much_their_source_cells_look_alike_in_w():
+    rng = np.random.default_rng(0)
+    groups, is_target = np.repeat(["a", "b"], 100), np.tile([True, False], 100)
+    base = np.where(groups == "a", 0.0, 10.0)[:, None]
+    change = np.where(groups == "a", 1.0, -1.0)[:, None]
+    w = base + is_target[:, None] * change + 0.01 * rng.normal(size=(200, 1))
+    reference = Reference(np.zeros((200, 1)), w, ~is_target, is_target, groups)
+    moved = Groups().fit(reference)(np.zeros((2, 1)), np.array([[0.5], [9.0]]))
+    np.testing.assert_allclose(moved, [[1.5], [8.0]], atol=0.02)
+
+
+def test_groups_without_matched_groups_are_a_shift():
+    reference = make_reference(constant)
+    lonely = Reference(
+        reference.z,
+        reference.w,
+        reference.groups == "c",
+        (reference.groups == "a") & reference.is_target,
+        reference.groups,
+    )
+    expected = Shift().fit(lonely)(SOURCE_Z, SOURCE_W)
+    np.testing.assert_allclose(Groups().fit(lonely)(SOURCE_Z, SOURCE_W), expected)
 
 
 @pytest.fixture

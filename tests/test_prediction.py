@@ -23,7 +23,7 @@ def test_the_prediction_has_the_same_cells_and_genes_and_says_what_was_done(trai
     assert predicted.obsm["X_discover_w"].shape == (source.n_obs, 10)
     done = predicted.uns["discover_counterfactual"]
     assert done["to"] == {"condition": "treat_1"}
-    assert done["way_per_source"] == {"ctrl": "abduction + neighbors"}
+    assert done["way_per_source"] == {"ctrl": "abduction + neighbors + groups"}
     assert (done["seed"], done["n_samples"]) == (4, 5)
     assert not [name for name in predicted.obs if name.startswith("_scvi")]
 
@@ -68,7 +68,7 @@ def test_the_same_seed_gives_the_same_prediction_and_leaves_the_global_state_alo
     assert not np.array_equal(first.X, other.X)
 
 
-@pytest.mark.parametrize("method", ["auto", "shift", "abduction", "neighbors", "linear"])
+@pytest.mark.parametrize("method", ["auto", "shift", "abduction", "neighbors", "groups", "linear"])
 def test_planted_genes_move_as_planted_and_others_do_not(trained, simulated, source, method):
     """type_0 was never seen treated; its true effect is known from the simulation."""
     full, _, _ = simulated
@@ -142,12 +142,12 @@ def test_source_cells_of_several_conditions_are_each_moved_from_their_own(traine
     np.testing.assert_allclose(got, expected.obsm["X_discover_w"], rtol=1e-4, atol=1e-4)
 
 
-def test_a_class_mean_prior_predicts_with_shift_and_neighbors(adata):
+def test_a_class_mean_prior_predicts_with_neighbors_and_groups(adata):
     model = train_small(adata, model={"prior": "class_mean"})
     source = adata[adata.obs["condition"] == "ctrl"].copy()
     predicted = model.predict_counterfactual(source, to="treat_1", n_samples=2)
     ways = predicted.uns["discover_counterfactual"]["way_per_source"]
-    assert ways == {"ctrl": "shift + neighbors"}
+    assert ways == {"ctrl": "neighbors + groups"}
 
 
 @pytest.mark.parametrize(
