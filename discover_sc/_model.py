@@ -1,13 +1,11 @@
-"""DISCoVeR: set up AnnData, train, read latents and expression, predict counterfactuals."""
+"""DISCoVeR: set up AnnData, build the module, load. Training and reading out are mixed in."""
 
 from __future__ import annotations
 
 import warnings
-from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
@@ -19,13 +17,12 @@ from scvi.data.fields import (
     NumericalJointObsField,
     NumericalObsField,
 )
-from scvi.model.base import BaseModelClass, UnsupervisedTrainingMixin
+from scvi.model.base import BaseModelClass
 
-from ._expression import expected_expression, sorted_cells
-from ._keys import CONDITION_KEY, OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY
+from ._keys import CONDITION_KEY
 from ._module import DiscoverVAE
-from ._prediction import predict_counterfactual
-from ._training_plan import DiscoverTrainingPlan, InvarianceStopping
+from ._readout import ReadoutMixin
+from ._training import TrainingMixin
 from .data._checks import (
     check_columns,
     check_conditions,
@@ -39,18 +36,10 @@ from .data._checks import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from anndata import AnnData
 
-    from ._counterfactual import Method
 
-_MIN_STEPS = 2000
-_MIN_EPOCHS = 20
-_MAX_REFERENCE_CELLS = 50_000
-
-
-class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
+class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
     """What a cell is whatever was done to it (z), and what was done to it (w).
 
     Variational learning of disentangled representations :cite:p:`Slavutsky2025`: two latents, two
@@ -111,7 +100,6 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
     """
 
     _module_cls = DiscoverVAE
-    _training_plan_cls = DiscoverTrainingPlan
 
     def __init__(
         self,
@@ -324,392 +312,6 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
         factors = self.adata_manager.get_from_registry(REGISTRY_KEYS.SIZE_FACTOR_KEY)
         return total_count(self.adata, self._layer) / float(np.asarray(factors, dtype=float).sum())
 
-    # -------------------------------------------------------------------- training
-
-    def train(
-        self,
-        max_epochs: int | None = None,
-        accelerator: str = "auto",
-        devices: int | list[int] | str = "auto",
-        train_size: float | None = None,
-        validation_size: float | None = None,
-        shuffle_set_split: bool = True,
-        load_sparse_tensor: bool = False,
-        batch_size: int = 128,
-        early_stopping: bool = False,
-        datasplitter_kwargs: dict | None = None,
-        plan_kwargs: dict | None = None,
-        **trainer_kwargs: object,
-    ) -> None:
-        """Train the model against its adversary.
-
-        Parameters
-        ----------
-        max_epochs
-            Passes over the training cells. None: as many as make 2,000 steps, and at least 20
-            (the game counts steps, not epochs).
-        accelerator, devices
-            Where to train; see :class:`lightning.pytorch.Trainer`.
-        train_size
-            Share of the cells that are trained on, in (0, 1]; None: 0.9.
-        validation_size
-            Share of held-out cells; None: the rest.
-        shuffle_set_split
-            Draw the split at random.
-        load_sparse_tensor
-            Move sparse minibatches to the device as sparse tensors.
-        batch_size
-            Cells in a minibatch.
-        early_stopping
-            Stop when fresh probes on held-out cells cannot tell the condition from z
-            (:class:`~discover_sc.InvarianceStopping`). With ``early_stopping_monitor``, a key of
-            ``history``, scvi-tools' own early stopping on that metric instead.
-        datasplitter_kwargs
-            Further arguments of :class:`scvi.dataloaders.DataSplitter`.
-        plan_kwargs
-            Arguments of the training plan: ``lr``, ``adversary_lr``, ``weight_decay``, ``eps``,
-            ``n_adversary_steps``, ``gradient_clip_val``, ``n_epochs_kl_warmup``,
-            ``n_steps_kl_warmup``, ``min_kl_weight``, ``max_kl_weight``, ``reduce_lr_on_plateau``,
-            ``lr_factor``, ``lr_patience``, ``lr_threshold``, ``lr_scheduler_metric``, ``lr_min``.
-        **trainer_kwargs
-            Arguments of :class:`scvi.train.Trainer`; ``gradient_clip_val`` goes to the plan.
-
-        Raises
-        ------
-        FloatingPointError
-            If a term of the loss is not finite; the model keeps its last finite state.
-
-        Notes
-        -----
-        ``history`` holds per epoch, with suffix ``_train`` and ``_validation``:
-        ``reconstruction_loss``, ``shared_reconstruction_loss``, ``kl_z``, ``kl_w``, ``kl_local``,
-        ``elbo``, ``adversary_cross_entropy``, ``adversary_accuracy``, ``adversary_entropy`` (nats
-        per cell, accuracy in [0, 1]); ``train_loss`` and ``validation_loss``, the adversarial term
-        included; and the level of an adversary that reads nothing,
-        ``adversary_chance_accuracy`` and ``adversary_chance_cross_entropy``. The adversary's
-        accuracy is no measure of invariance: judge that with
-        :func:`~discover_sc.evaluation.report`.
-        """
-        plan_kwargs = dict(plan_kwargs or {})
-        if "gradient_clip_val" in trainer_kwargs:  # Lightning refuses it under two optimisers
-            plan_kwargs["gradient_clip_val"] = trainer_kwargs.pop("gradient_clip_val")
-        if early_stopping and "early_stopping_monitor" not in trainer_kwargs:
-            early_stopping = False
-            callbacks = [*trainer_kwargs.pop("callbacks", []), InvarianceStopping()]
-            trainer_kwargs["callbacks"] = callbacks
-        if _has_validation_cells(train_size, validation_size, datasplitter_kwargs or {}):
-            trainer_kwargs.setdefault("check_val_every_n_epoch", 1)
-        if max_epochs is None:
-            n_train = ceil((train_size or 0.9) * self.adata.n_obs)
-            max_epochs = max(_MIN_EPOCHS, ceil(_MIN_STEPS / ceil(n_train / batch_size)))
-        self.reference_ = None
-        self.module.train()  # Lightning would go on in evaluation mode when training is resumed
-        try:
-            super().train(
-                max_epochs=max_epochs,
-                accelerator=accelerator,
-                devices=devices,
-                train_size=train_size,
-                validation_size=validation_size,
-                shuffle_set_split=shuffle_set_split,
-                load_sparse_tensor=load_sparse_tensor,
-                batch_size=batch_size,
-                early_stopping=early_stopping,
-                datasplitter_kwargs=datasplitter_kwargs,
-                plan_kwargs=plan_kwargs,
-                **trainer_kwargs,
-            )
-        except FloatingPointError:
-            self.module.eval()
-            self.is_trained_ = self.is_trained_ or "train_loss" in (self.history or {})
-            if self.is_trained_:
-                self.reference_ = self._encode_reference()
-            raise
-        self.reference_ = self._encode_reference()
-
-    def _encode_reference(self) -> dict[str, np.ndarray | None]:
-        """Return what counterfactuals learn from: latents, codes and labels of all cells.
-
-        Validation cells are among them. Kept with the model, so that prediction needs no
-        training data; at most 50,000 cells, drawn at random.
-        """
-        cells = np.arange(self.adata.n_obs)
-        if len(cells) > _MAX_REFERENCE_CELLS:
-            rng = np.random.default_rng(0)
-            cells = np.sort(rng.choice(cells, _MAX_REFERENCE_CELLS, replace=False))
-        labels = None
-        if self.labels_key is not None:
-            labels = self.adata.obs[self.labels_key].astype(str).to_numpy(dtype=str)[cells]
-        return {
-            "z": self.get_latent_representation(latent="z", indices=cells),
-            "w": self.get_latent_representation(latent="w", indices=cells),
-            "condition_codes": self._condition_codes()[cells],
-            "labels": labels,
-        }
-
-    # --------------------------------------------------------------------- latents
-
-    @torch.inference_mode()
-    def get_latent_representation(
-        self,
-        adata: AnnData | None = None,
-        latent: Literal["z", "w"] = "z",
-        give_mean: bool = True,
-        return_dist: bool = False,
-        indices: Sequence[int] | None = None,
-        batch_size: int | None = None,
-    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Shared (z) or condition-specific (w) latent of each cell.
-
-        Parameters
-        ----------
-        adata
-            Cells; None: those the model was set up with.
-        latent
-            ``"z"`` or ``"w"``.
-        give_mean
-            Posterior mean; otherwise one draw from the posterior.
-        return_dist
-            Return posterior mean and *variance* instead.
-        indices
-            Cells to encode, in this order; None: all.
-        batch_size
-            Cells in a minibatch; None: ``scvi.settings.batch_size``.
-
-        Returns
-        -------
-        Shape ``(n_cells, n_latent)``; with ``return_dist`` a pair of them.
-
-        Raises
-        ------
-        ValueError
-            If ``latent`` is neither, or the cells do not fit the model.
-        """
-        if latent not in ("z", "w"):
-            raise ValueError(f"latent is {latent!r}; it must be 'z' (shared) or 'w' (specific).")
-        self._check_if_trained(warn=False, message=_UNTRAINED)
-        adata = self._validate_anndata(adata)
-        cells, restore = sorted_cells(adata, indices)
-        means, others = [], []
-        for tensors in self._make_data_loader(adata, indices=cells, batch_size=batch_size):
-            posterior = self.module.posterior(tensors, latent)
-            means.append(posterior.loc.cpu().numpy())
-            if return_dist:
-                others.append(posterior.variance.cpu().numpy())
-            elif not give_mean:
-                others.append(posterior.sample().cpu().numpy())
-        if return_dist:
-            return np.concatenate(means)[restore], np.concatenate(others)[restore]
-        return np.concatenate(means if give_mean else others)[restore]
-
-    def write_latents(self, adata: AnnData | None = None) -> None:
-        """Write posterior means into ``.obsm["X_discover_z"]`` and ``.obsm["X_discover_w"]``.
-
-        Parameters
-        ----------
-        adata
-            Cells to encode and to write to; None: those the model was set up with.
-        """
-        target = self.adata if adata is None else adata
-        for key, latent in ((OBSM_Z_KEY, "z"), (OBSM_W_KEY, "w")):
-            target.obsm[key] = self.get_latent_representation(target, latent=latent)
-
-    def get_loadings(self) -> pd.DataFrame:
-        """Weights of z and w on the log expression of each gene, of the full reconstruction.
-
-        Returns
-        -------
-        Genes x latents, columns ``z_0``, ..., ``w_0``, ...
-
-        Raises
-        ------
-        ValueError
-            If the decoder is not linear.
-        """
-        if self.init_params_["non_kwargs"]["decoder"] != "linear":
-            raise ValueError(
-                "decoder is 'nonlinear' and has no loadings; they exist for decoder='linear'. "
-                "Train a model with DISCoVeR(adata, decoder='linear')."
-            )
-        weight = self.module.decoder.loadings.weight[: self.summary_stats.n_vars]
-        n_z = self.module.n_latent
-        columns = [f"z_{k}" if k < n_z else f"w_{k - n_z}" for k in range(weight.shape[1])]
-        return pd.DataFrame(weight.detach().cpu().numpy(), self.adata.var_names, columns)
-
-    # ------------------------------------------------------------------ expression
-
-    def get_normalized_expression(
-        self,
-        adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
-        transform_batch: str | Sequence[str] | None = None,
-        gene_list: Sequence[str] | None = None,
-        library_size: float | Literal["latent"] = 1,
-        n_samples: int = 1,
-        n_samples_overall: int | None = None,
-        batch_size: int | None = None,
-        return_mean: bool = True,
-        return_numpy: bool | None = None,
-    ) -> pd.DataFrame | np.ndarray:
-        """Expression decoded from z and w: denoised, as fractions or at a library size.
-
-        Parameters
-        ----------
-        adata
-            Cells; None: those the model was set up with.
-        indices
-            Cells to decode; None: all.
-        transform_batch
-            Batch to decode under, or several that are averaged; None: each cell's own.
-        gene_list
-            Genes to return; None: all.
-        library_size
-            Total expression of each cell; ``"latent"``: the cell's own library size. Has no
-            meaning, and no effect, under ``gene_likelihood="normal"``.
-        n_samples
-            Posterior draws.
-        n_samples_overall
-            Return this many draws, of cells drawn at random with replacement.
-        batch_size
-            Cells in a minibatch; None: ``scvi.settings.batch_size``.
-        return_mean
-            Average the draws of each cell.
-        return_numpy
-            Return an array; None: a DataFrame where the result is cells x genes.
-
-        Returns
-        -------
-        ``(n_cells, n_genes)``; ``(n_samples, n_cells, n_genes)`` with ``return_mean=False`` and
-        several draws; ``(n_samples_overall, n_genes)``.
-
-        Raises
-        ------
-        ValueError
-            If a batch or a gene is unknown.
-        """
-        return expected_expression(
-            self,
-            PX_KEY,
-            adata,
-            indices,
-            transform_batch,
-            gene_list,
-            library_size,
-            n_samples,
-            n_samples_overall,
-            batch_size,
-            return_mean,
-            return_numpy,
-        )
-
-    def get_shared_expression(
-        self,
-        adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
-        transform_batch: str | Sequence[str] | None = None,
-        gene_list: Sequence[str] | None = None,
-        library_size: float | Literal["latent"] = 1,
-        n_samples: int = 1,
-        n_samples_overall: int | None = None,
-        batch_size: int | None = None,
-        return_mean: bool = True,
-        return_numpy: bool | None = None,
-    ) -> pd.DataFrame | np.ndarray:
-        """Expression decoded from z alone: what the cell is, whatever was done to it.
-
-        Parameters
-        ----------
-        adata, indices, transform_batch, gene_list, library_size, n_samples
-            As in :meth:`get_normalized_expression`.
-        n_samples_overall, batch_size, return_mean, return_numpy
-            As in :meth:`get_normalized_expression`.
-
-        Returns
-        -------
-        As from :meth:`get_normalized_expression`.
-
-        Raises
-        ------
-        ValueError
-            If a batch or a gene is unknown.
-        """
-        return expected_expression(
-            self,
-            PX_SHARED_KEY,
-            adata,
-            indices,
-            transform_batch,
-            gene_list,
-            library_size,
-            n_samples,
-            n_samples_overall,
-            batch_size,
-            return_mean,
-            return_numpy,
-        )
-
-    # -------------------------------------------------------------- counterfactuals
-
-    def predict_counterfactual(
-        self,
-        adata: AnnData,
-        to: str | dict[str, str],
-        method: Method = "auto",
-        n_samples: int = 25,
-        interval: float = 0.9,
-        library_size: float = 1e4,
-        batch_size: int | None = None,
-        seed: int = 0,
-    ) -> AnnData:
-        """Predict the same cells under another condition.
-
-        Parameters
-        ----------
-        adata
-            *Source* cells, for example the controls of a cell type that was never treated.
-        to
-            Level of the condition, or ``{condition_key: level}``; keys that are not named keep
-            each cell's level.
-        method
-            How w is replaced; see the user guide. ``"shift"`` adds the mean change of w,
-            ``"groups"`` that of the groups whose source cells look alike in w, ``"neighbors"``
-            that of neighbours in z, ``"linear"`` the difference of two ridge regressions of w on
-            z; ``"prior"`` takes the learned prior's mean, ``"abduction"`` adds the difference of
-            the prior's means. ``"auto"`` averages abduction (unless ``prior="class_mean"``),
-            neighbors and groups, and adds what the decoder misses of the source group's own
-            observed profile, shrunk by the number of source cells.
-        n_samples
-            Posterior draws per cell, at least 2.
-        interval
-            Nominal coverage of ``lower`` to ``upper``, in (0, 1).
-        library_size
-            Total expression of each predicted cell in ``.X``, ``lower`` and ``upper``. Has no
-            effect under ``gene_likelihood="normal"``.
-        batch_size
-            Cells in a minibatch; None: ``scvi.settings.batch_size``.
-        seed
-            Seed of the draws; the global random state is left alone.
-
-        Returns
-        -------
-        New AnnData, same cells and genes. ``.X``: expected expression. ``.layers["lower"]``,
-        ``.layers["upper"]``: quantiles of the expected expression over posterior draws (they hold
-        neither sampling noise nor the error of the method). ``.layers["counts"]``: one
-        posterior-predictive draw at the cell's own library size. ``.obsm["X_discover_w"]``: the
-        new w. ``.obs``: as the source, with the target condition and, as
-        ``"<condition_key>_source"``, the one it came from.
-        ``.uns["discover_counterfactual"]``: what was done.
-
-        Raises
-        ------
-        ValueError
-            If a level, key or method is unknown, or an argument out of range.
-        """
-        self._check_if_trained(warn=False, message=_UNTRAINED)
-        return predict_counterfactual(
-            self, adata, to, method, n_samples, interval, library_size, batch_size, seed
-        )
-
     # ------------------------------------------------------------- load, input, repr
 
     @classmethod
@@ -774,9 +376,6 @@ class DISCoVeR(UnsupervisedTrainingMixin, BaseModelClass):
         return f"{self._model_summary_string}; trained: {self.is_trained_}"
 
 
-_UNTRAINED = "The model has not been trained; it knows nothing yet. Call model.train() first."
-
-
 def _as_list(condition_key: str | list[str]) -> list[str]:
     if isinstance(condition_key, str):
         return [condition_key]
@@ -799,14 +398,6 @@ def _check_known_conditions(adata: AnnData, registry: dict) -> None:
                 f"Conditions {unknown} of adata.obs[{key!r}] are not known to the model; known are "
                 f"{levels}. Remove these cells or train with them."
             )
-
-
-def _has_validation_cells(
-    train_size: float | None, validation_size: float | None, datasplitter_kwargs: dict
-) -> bool:
-    if (indexing := datasplitter_kwargs.get("external_indexing")) is not None:
-        return len(indexing) > 1 and indexing[1] is not None and len(indexing[1]) > 0
-    return (train_size or 0.9) < 1 if validation_size is None else validation_size > 0
 
 
 def _check_choices(

@@ -1,0 +1,289 @@
+"""What a trained model answers: latents, loadings, expression, counterfactuals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ._expression import expected_expression, sorted_cells
+from ._keys import OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY
+from ._prediction import predict_counterfactual
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+
+    from ._counterfactual import Method
+
+_UNTRAINED = "The model has not been trained; it knows nothing yet. Call model.train() first."
+
+
+class ReadoutMixin:
+    """Public methods of a trained model."""
+
+    @torch.inference_mode()
+    def get_latent_representation(
+        self,
+        adata: AnnData | None = None,
+        latent: Literal["z", "w"] = "z",
+        give_mean: bool = True,
+        return_dist: bool = False,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Shared (z) or condition-specific (w) latent of each cell.
+
+        Parameters
+        ----------
+        adata
+            Cells; None: those the model was set up with.
+        latent
+            ``"z"`` or ``"w"``.
+        give_mean
+            Posterior mean; otherwise one draw from the posterior.
+        return_dist
+            Return posterior mean and *variance* instead.
+        indices
+            Cells to encode, in this order; None: all.
+        batch_size
+            Cells in a minibatch; None: ``scvi.settings.batch_size``.
+
+        Returns
+        -------
+        Shape ``(n_cells, n_latent)``; with ``return_dist`` a pair of them.
+
+        Raises
+        ------
+        ValueError
+            If ``latent`` is neither, or the cells do not fit the model.
+        """
+        if latent not in ("z", "w"):
+            raise ValueError(f"latent is {latent!r}; it must be 'z' (shared) or 'w' (specific).")
+        self._check_if_trained(warn=False, message=_UNTRAINED)
+        adata = self._validate_anndata(adata)
+        cells, restore = sorted_cells(adata, indices)
+        means, others = [], []
+        for tensors in self._make_data_loader(adata, indices=cells, batch_size=batch_size):
+            posterior = self.module.posterior(tensors, latent)
+            means.append(posterior.loc.cpu().numpy())
+            if return_dist:
+                others.append(posterior.variance.cpu().numpy())
+            elif not give_mean:
+                others.append(posterior.sample().cpu().numpy())
+        if return_dist:
+            return np.concatenate(means)[restore], np.concatenate(others)[restore]
+        return np.concatenate(means if give_mean else others)[restore]
+
+    def write_latents(self, adata: AnnData | None = None) -> None:
+        """Write posterior means into ``.obsm["X_discover_z"]`` and ``.obsm["X_discover_w"]``.
+
+        Parameters
+        ----------
+        adata
+            Cells to encode and to write to; None: those the model was set up with.
+        """
+        target = self.adata if adata is None else adata
+        for key, latent in ((OBSM_Z_KEY, "z"), (OBSM_W_KEY, "w")):
+            target.obsm[key] = self.get_latent_representation(target, latent=latent)
+
+    def get_loadings(self) -> pd.DataFrame:
+        """Weights of z and w on the log expression of each gene, of the full reconstruction.
+
+        Returns
+        -------
+        Genes x latents, columns ``z_0``, ..., ``w_0``, ...
+
+        Raises
+        ------
+        ValueError
+            If the decoder is not linear.
+        """
+        if self.init_params_["non_kwargs"]["decoder"] != "linear":
+            raise ValueError(
+                "decoder is 'nonlinear' and has no loadings; they exist for decoder='linear'. "
+                "Train a model with DISCoVeR(adata, decoder='linear')."
+            )
+        weight = self.module.decoder.loadings.weight[: self.summary_stats.n_vars]
+        n_z = self.module.n_latent
+        columns = [f"z_{k}" if k < n_z else f"w_{k - n_z}" for k in range(weight.shape[1])]
+        return pd.DataFrame(weight.detach().cpu().numpy(), self.adata.var_names, columns)
+
+    # ------------------------------------------------------------------ expression
+
+    def get_normalized_expression(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        return_numpy: bool | None = None,
+    ) -> pd.DataFrame | np.ndarray:
+        """Expression decoded from z and w: denoised, as fractions or at a library size.
+
+        Parameters
+        ----------
+        adata
+            Cells; None: those the model was set up with.
+        indices
+            Cells to decode; None: all.
+        transform_batch
+            Batch to decode under, or several that are averaged; None: each cell's own.
+        gene_list
+            Genes to return; None: all.
+        library_size
+            Total expression of each cell; ``"latent"``: the cell's own library size. Has no
+            meaning, and no effect, under ``gene_likelihood="normal"``.
+        n_samples
+            Posterior draws.
+        n_samples_overall
+            Return this many draws, of cells drawn at random with replacement.
+        batch_size
+            Cells in a minibatch; None: ``scvi.settings.batch_size``.
+        return_mean
+            Average the draws of each cell.
+        return_numpy
+            Return an array; None: a DataFrame where the result is cells x genes.
+
+        Returns
+        -------
+        ``(n_cells, n_genes)``; ``(n_samples, n_cells, n_genes)`` with ``return_mean=False`` and
+        several draws; ``(n_samples_overall, n_genes)``.
+
+        Raises
+        ------
+        ValueError
+            If a batch or a gene is unknown.
+        """
+        self._check_if_trained(warn=False, message=_UNTRAINED)
+        return expected_expression(
+            self,
+            PX_KEY,
+            adata,
+            indices,
+            transform_batch,
+            gene_list,
+            library_size,
+            n_samples,
+            n_samples_overall,
+            batch_size,
+            return_mean,
+            return_numpy,
+        )
+
+    def get_shared_expression(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        return_numpy: bool | None = None,
+    ) -> pd.DataFrame | np.ndarray:
+        """Expression decoded from z alone: what the cell is, whatever was done to it.
+
+        Parameters
+        ----------
+        adata, indices, transform_batch, gene_list, library_size, n_samples
+            As in :meth:`get_normalized_expression`.
+        n_samples_overall, batch_size, return_mean, return_numpy
+            As in :meth:`get_normalized_expression`.
+
+        Returns
+        -------
+        As from :meth:`get_normalized_expression`.
+
+        Raises
+        ------
+        ValueError
+            If a batch or a gene is unknown.
+        """
+        self._check_if_trained(warn=False, message=_UNTRAINED)
+        return expected_expression(
+            self,
+            PX_SHARED_KEY,
+            adata,
+            indices,
+            transform_batch,
+            gene_list,
+            library_size,
+            n_samples,
+            n_samples_overall,
+            batch_size,
+            return_mean,
+            return_numpy,
+        )
+
+    # -------------------------------------------------------------- counterfactuals
+
+    def predict_counterfactual(
+        self,
+        adata: AnnData,
+        to: str | dict[str, str],
+        method: Method = "auto",
+        n_samples: int = 25,
+        interval: float = 0.9,
+        library_size: float = 1e4,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> AnnData:
+        """Predict the same cells under another condition.
+
+        Parameters
+        ----------
+        adata
+            *Source* cells, for example the controls of a cell type that was never treated.
+        to
+            Level of the condition, or ``{condition_key: level}``; keys that are not named keep
+            each cell's level.
+        method
+            How w is replaced; see the user guide. ``"shift"`` adds the mean change of w,
+            ``"groups"`` that of the groups whose source cells look alike in w, ``"neighbors"``
+            that of neighbours in z, ``"linear"`` the difference of two ridge regressions of w on
+            z; ``"prior"`` takes the learned prior's mean, ``"abduction"`` adds the difference of
+            the prior's means. ``"auto"`` averages abduction (unless ``prior="class_mean"``),
+            neighbors and groups, and adds what the decoder misses of the source group's own
+            observed profile, shrunk by the number of source cells.
+        n_samples
+            Posterior draws per cell, at least 2.
+        interval
+            Nominal coverage of ``lower`` to ``upper``, in (0, 1).
+        library_size
+            Total expression of each predicted cell in ``.X``, ``lower`` and ``upper``. Has no
+            effect under ``gene_likelihood="normal"``.
+        batch_size
+            Cells in a minibatch; None: ``scvi.settings.batch_size``.
+        seed
+            Seed of the draws; the global random state is left alone.
+
+        Returns
+        -------
+        New AnnData, same cells and genes. ``.X``: expected expression. ``.layers["lower"]``,
+        ``.layers["upper"]``: quantiles of the expected expression over posterior draws (they hold
+        neither sampling noise nor the error of the method). ``.layers["counts"]``: one
+        posterior-predictive draw at the cell's own library size. ``.obsm["X_discover_w"]``: the
+        new w. ``.obs``: as the source, with the target condition and, as
+        ``"<condition_key>_source"``, the one it came from.
+        ``.uns["discover_counterfactual"]``: what was done.
+
+        Raises
+        ------
+        ValueError
+            If a level, key or method is unknown, or an argument out of range.
+        """
+        self._check_if_trained(warn=False, message=_UNTRAINED)
+        return predict_counterfactual(
+            self, adata, to, method, n_samples, interval, library_size, batch_size, seed
+        )
