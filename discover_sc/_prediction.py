@@ -43,7 +43,7 @@ def predict_counterfactual(
     """Predict source cells under another condition; see the model's method."""
     _check_numbers(n_samples, interval, library_size)
     target = _target_levels(model, to)
-    source = model._validate_anndata(adata.copy() if adata.is_view else adata)
+    source = model._validate_anndata(_own_copy(adata) if adata.is_view else adata)
     result = _empty_result(model, source)
     used = {}
     with torch.random.fork_rng(), torch.inference_mode():
@@ -71,6 +71,11 @@ def _check_numbers(n_samples: int, interval: float, library_size: float) -> None
         )
     if not library_size > 0:
         raise ValueError(f"library_size is {library_size}; it must be positive. Choose 1e4.")
+
+
+def _own_copy(view: ad.AnnData) -> ad.AnnData:
+    """Return a copy of a view, so that registering it leaves the user's object a view."""
+    return view.to_memory() if view.isbacked else view.copy()
 
 
 def _target_levels(model: DISCoVeR, to: str | dict[str, str]) -> dict[int, int]:

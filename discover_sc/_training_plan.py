@@ -33,7 +33,7 @@ class DiscoverTrainingPlan(TrainingPlan):
     lr, adversary_lr
         Learning rates of the model and of the adversary (AdamW).
     weight_decay
-        Weight decay of both optimisers.
+        Weight decay of both optimisers; the dispersion is left out of it.
     eps
         Term added to AdamW's denominator.
     n_adversary_steps
@@ -64,7 +64,7 @@ class DiscoverTrainingPlan(TrainingPlan):
         *,
         lr: float = 1e-3,
         adversary_lr: float = 1e-3,
-        weight_decay: float = 1e-6,
+        weight_decay: float = 0.1,
         eps: float = 1e-8,
         n_adversary_steps: int = 3,
         gradient_clip_val: float | None = None,
@@ -123,7 +123,9 @@ class DiscoverTrainingPlan(TrainingPlan):
         """Return the model's and the adversary's optimiser, and the model's schedule if any."""
         fused = self.device.type in ("cpu", "cuda", "mps")  # a quarter of the step, unfused
         options = {"eps": self.eps, "weight_decay": self.weight_decay, "fused": fused}
-        model = torch.optim.AdamW(self._model_parameters(), lr=self.lr, **options)
+        decayed = [p for p in self._model_parameters() if p is not self.module.log_theta]
+        groups = [{"params": decayed}, {"params": [self.module.log_theta], "weight_decay": 0.0}]
+        model = torch.optim.AdamW(groups, lr=self.lr, **options)
         adversary = torch.optim.AdamW(self._adversary_parameters(), lr=self.adversary_lr, **options)
         schedulers = []
         if self.reduce_lr_on_plateau:

@@ -1,3 +1,4 @@
+import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -199,3 +200,13 @@ def test_a_combination_without_cells_is_refused_but_the_prior_can_be_asked(adata
         model.predict_counterfactual(source, to=to, method="shift")
     predicted = model.predict_counterfactual(source, to=to, method="abduction", n_samples=2)
     assert np.isfinite(predicted.X).all()
+
+
+def test_a_view_of_a_backed_file_can_be_predicted(adata, tmp_path):
+    model = train_small(adata)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    chosen = (adata.obs["condition"] == "ctrl").to_numpy()
+    predicted = model.predict_counterfactual(backed[chosen], to="treat_1", n_samples=2)
+    expected = model.predict_counterfactual(adata[chosen].copy(), to="treat_1", n_samples=2)
+    np.testing.assert_allclose(predicted.X, expected.X, rtol=1e-5)
