@@ -48,7 +48,7 @@ def predict_counterfactual(
     used = {}
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        for codes, cells in _cells_by_source(model, source, list(target)):
+        for codes, cells in _cells_by_source(model, source):
             way, description = _fit_way(model, method, codes, target)
             used["+".join(_level_names(model, codes))] = description
             anchor = _Anchor(model, source, cells, batch_size) if method == "auto" else None
@@ -111,7 +111,7 @@ def _condition_codes(model: DISCoVeR, adata: ad.AnnData) -> np.ndarray:
 
 
 def _cells_by_source(
-    model: DISCoVeR, source: ad.AnnData, keys: list[int]
+    model: DISCoVeR, source: ad.AnnData
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield each combination of condition codes among the source cells, and its cells."""
     codes = _condition_codes(model, source)

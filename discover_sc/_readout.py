@@ -284,6 +284,8 @@ class ReadoutMixin:
             If a level, key or method is unknown, or an argument out of range.
         """
         self._check_if_trained(warn=False, message=_UNTRAINED)
+        if self.reference_ is None:  # training was interrupted
+            self.reference_ = self._encode_reference()
         return predict_counterfactual(
             self, adata, to, method, n_samples, interval, library_size, batch_size, seed
         )

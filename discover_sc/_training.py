@@ -115,8 +115,6 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         except FloatingPointError:
             self.module.eval()
             self.is_trained_ = self.is_trained_ or "train_loss" in (self.history or {})
-            if self.is_trained_:
-                self.reference_ = self._encode_reference()
             raise
         self.reference_ = self._encode_reference()
 
