@@ -31,12 +31,8 @@ Seed = Annotated[int, typer.Option(help="Seed of training.")]
 _USER_ERRORS = (
     ValueError,
     KeyError,
-    TypeError,
-    FileNotFoundError,
-    FileExistsError,
-    ConnectionError,
     FloatingPointError,
-    OSError,
+    OSError,  # among them: not found, exists, no connection
 )
 
 

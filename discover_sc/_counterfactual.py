@@ -73,7 +73,7 @@ class Reference:
         return mask if mask.any() else side
 
 
-def cluster_groups(z: np.ndarray, seed: int = 0) -> np.ndarray:
+def cluster_groups(z: np.ndarray, seed: int = 0) -> KMeans:
     """Clusters of z, which stand for cell types where none are given: k-means, at most 10.
 
     Parameters
@@ -85,10 +85,10 @@ def cluster_groups(z: np.ndarray, seed: int = 0) -> np.ndarray:
 
     Returns
     -------
-    Cluster of each cell, shape ``(n_cells,)``.
+    The fitted clusters: ``labels_`` of these cells, and ``predict`` for others.
     """
     n_clusters = int(np.clip(len(z) // 50, 1, 10))
-    return KMeans(n_clusters, n_init=3, random_state=seed).fit_predict(z)
+    return KMeans(n_clusters, n_init=3, random_state=seed).fit(z)
 
 
 class Way(Protocol):

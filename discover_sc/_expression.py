@@ -72,7 +72,13 @@ def sorted_cells(adata: AnnData, indices: Sequence[int] | None) -> tuple[np.ndar
         return every, every
     indices = np.asarray(indices)
     if indices.dtype == bool:
+        if len(indices) != adata.n_obs:
+            raise ValueError(
+                f"indices is a mask of {len(indices)} and there are {adata.n_obs} cells. Pass one "
+                "value per cell."
+            )
         indices = np.flatnonzero(indices)
+    indices = np.where(indices < 0, indices + adata.n_obs, indices)
     if len(indices) == 0:
         raise ValueError("indices selects no cell; at least one is needed. Check the selection.")
     order = np.argsort(indices, kind="stable")
@@ -123,6 +129,7 @@ def _gene_columns(adata: AnnData, gene_list: Sequence[str] | None) -> np.ndarray
     """Return the positions of the genes asked for, in the order of the data."""
     if gene_list is None:
         return np.arange(adata.n_vars)
+    gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
     unknown = [gene for gene in gene_list if gene not in adata.var_names]
     if unknown:
         raise ValueError(
@@ -137,7 +144,8 @@ def _batch_codes(model: DISCoVeR, transform_batch: str | Sequence[str] | None) -
     known = list(
         model.adata_manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping
     )
-    names = [transform_batch] if isinstance(transform_batch, str) else list(transform_batch)
+    names = transform_batch if isinstance(transform_batch, list | tuple) else [transform_batch]
+    names, known = [str(name) for name in names], [str(name) for name in known]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(

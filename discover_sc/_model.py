@@ -88,6 +88,12 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
         If an argument is out of range, arguments contradict each other, or a count likelihood
         meets data that are not counts.
 
+    Notes
+    -----
+    Defaults are chosen by measurement (user guide, *The model*). The paper's:
+    ``adversary_input="reconstruction"``, ``kl_w_weight=1e-2``, one adversary step
+    (``plan_kwargs={"n_adversary_steps": 1}``); its adversarial term is an entropy, see there.
+
     Examples
     --------
     >>> import discover_sc
@@ -123,6 +129,23 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
     ) -> None:
         super().__init__(adata)
         _check_choices(gene_likelihood, dispersion, prior, adversary_input, invariance, decoder)
+        n_latent_specific_ = n_latent if n_latent_specific is None else n_latent_specific
+        _check_ranges(
+            {
+                "n_latent": n_latent,
+                "n_latent_specific": n_latent_specific_,
+                "n_hidden": n_hidden,
+                "n_layers": n_layers,
+            },
+            {
+                "reconstruction_weight": reconstruction_weight,
+                "shared_reconstruction_weight": shared_reconstruction_weight,
+                "kl_z_weight": kl_z_weight,
+                "kl_w_weight": kl_w_weight,
+                "adversarial_weight": adversarial_weight,
+            },
+            dropout_rate,
+        )
         if prior == "class_mean" and n_latent_specific not in (None, n_latent):
             raise ValueError(
                 f"n_latent_specific is {n_latent_specific} and n_latent {n_latent}; the prior "
@@ -144,7 +167,7 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             n_continuous_cov=self.summary_stats.get("n_extra_continuous_covs", 0),
             library_scale=self._library_scale(),
             n_latent=n_latent,
-            n_latent_specific=n_latent_specific or n_latent,
+            n_latent_specific=n_latent_specific_,
             n_hidden=n_hidden,
             n_layers=n_layers,
             dropout_rate=dropout_rate,
@@ -163,9 +186,10 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
         self._model_summary_string = (
             f"DISCoVeR of {self.summary_stats.n_cells} cells x {self.summary_stats.n_vars} genes; "
             f"conditions {self.conditions}; n_latent: {n_latent}, n_latent_specific: "
-            f"{n_latent_specific or n_latent}, gene_likelihood: {gene_likelihood}, prior: {prior}, "
+            f"{n_latent_specific_}, gene_likelihood: {gene_likelihood}, prior: {prior}, "
             f"adversary_input: {adversary_input}, invariance: {invariance}, decoder: {decoder}"
         )
+        self.reference_ = None
         self.init_params_ = self._get_init_params(locals())
 
     # ----------------------------------------------------------------------- setup
@@ -220,24 +244,10 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
         setup_method_args = cls._get_setup_method_args(**locals())
         del setup_method_args["setup_args"]["source_registry"]
         condition_keys = _as_list(condition_key)
-        columns = {
-            "condition_key": condition_keys,
-            "batch_key": batch_key,
-            "labels_key": labels_key,
-            "size_factor_key": size_factor_key,
-            "categorical_covariate_keys": categorical_covariate_keys,
-            "continuous_covariate_keys": continuous_covariate_keys,
-        }
-        check_names(adata)
-        check_columns(adata, **columns)
-        check_no_missing(adata, **columns)
+        columns = _columns(setup_method_args["setup_args"]) | {"condition_key": condition_keys}
+        _check_columns_of(adata, columns)
         check_finite(adata, layer)
-        check_finite_columns(
-            adata,
-            size_factor_key=size_factor_key,
-            continuous_covariate_keys=continuous_covariate_keys,
-        )
-        _check_size_factor(adata, size_factor_key)
+        _check_overlap(columns)
         if source_registry is None:
             check_conditions(adata, condition_keys)
         _check_if_view(adata, copy_if_view=True)
@@ -251,7 +261,8 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous_covariate_keys),
         ]
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
-        manager.register_fields(adata, source_registry=source_registry)
+        extension = {} if source_registry is None else {"extend_categories": True}
+        manager.register_fields(adata, source_registry=source_registry, **extension)
         cls.register_manager(manager)
 
     @property
@@ -276,12 +287,19 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
     @property
     def conditions(self) -> dict[str, list[str]]:
         """Levels of each condition key, in the order of their codes."""
-        mappings = self.adata_manager.get_state_registry(CONDITION_KEY).mappings
-        return {key: [str(level) for level in mappings[key]] for key in self.condition_keys}
+        return {key: [str(v) for v in mapping] for key, mapping in self._levels.items()}
 
-    def _condition_codes(self) -> np.ndarray:
-        codes = self.adata_manager.get_from_registry(CONDITION_KEY)
-        return np.asarray(codes, dtype=np.int64).reshape(self.adata.n_obs, -1)
+    @property
+    def _levels(self) -> dict[str, np.ndarray]:
+        """Levels of each condition key as they stand in the column, of its own type."""
+        mappings = self.adata_manager.get_state_registry(CONDITION_KEY).mappings
+        return {key: mappings[key] for key in self.condition_keys}
+
+    def _condition_codes(self, adata: AnnData | None = None) -> np.ndarray:
+        """Return the codes of registered cells, ``int64`` of shape ``(n_cells, n_keys)``."""
+        adata = self.adata if adata is None else adata
+        codes = self.get_from_registry(adata, CONDITION_KEY)
+        return np.asarray(codes, dtype=np.int64).reshape(adata.n_obs, -1)
 
     def _condition_targets(self, *, given_label: bool) -> list[torch.Tensor]:
         """Return per key the level frequencies, ``(n_labels or 1, n_levels)``."""
@@ -350,21 +368,41 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             registry = cls.load_registry(dir_path, prefix)
             genes = registry["field_registries"]["X"]["state_registry"]["column_names"]
             adata = match_genes(adata, genes)
-            _check_known_conditions(adata, registry)
-        return super().load(dir_path, adata, accelerator, device, prefix)
+            _check_known_levels(adata, registry)
+        try:
+            return super().load(dir_path, adata, accelerator, device, prefix)
+        except RuntimeError as error:
+            if "condition_target" not in str(error):
+                raise
+            raise ValueError(
+                "adata holds labels that the model, trained with invariance='conditional', does "
+                "not know. Load it with the labels it was trained on and hand the new cells over "
+                "to its methods."
+            ) from error
 
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
-        """Check cells that are new to the model, put their genes in order, register them."""
-        if adata is not None and adata is not self.adata:
-            adata = self._check_new_cells(adata)
-        return super()._validate_anndata(adata, copy_if_view=copy_if_view)
+        """Check cells that are new to the model, put their genes in order, register them.
+
+        They are registered anew each time, since their columns may have changed; their labels may
+        be unknown to the model, which reads none outside of training.
+        """
+        if adata is None or adata is self.adata:
+            return super()._validate_anndata(adata, copy_if_view=copy_if_view)
+        adata = self._check_new_cells(adata)
+        _check_if_view(adata, copy_if_view=copy_if_view)
+        manager = self.adata_manager.transfer_fields(adata, extend_categories=True)
+        self._register_manager_for_instance(manager)
+        return adata
+
+    def _forget(self, adata: AnnData) -> None:
+        """Drop what the model keeps of cells that it was handed, which holds them alive."""
+        self._per_instance_manager_store[self.id].pop(adata.uns["_scvi_uuid"], None)
 
     def _check_new_cells(self, adata: AnnData) -> AnnData:
         check_names(adata)
         adata = match_genes(adata, self.adata.var_names)
-        check_columns(adata, condition_key=self.condition_keys)
-        check_no_missing(adata, condition_key=self.condition_keys)
-        _check_known_conditions(adata, self.registry)
+        _check_columns_of(adata, _columns(self._setup_args))
+        _check_known_levels(adata, self.registry)
         check = check_finite if self.module.gene_likelihood == "normal" else check_counts
         with warnings.catch_warnings():
             # genes without counts among a few new cells are no news
@@ -377,26 +415,58 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
 
 
 def _as_list(condition_key: str | list[str]) -> list[str]:
-    if isinstance(condition_key, str):
-        return [condition_key]
-    if not condition_key:
+    keys = [condition_key] if isinstance(condition_key, str) else list(condition_key or [])
+    if not keys or len(set(keys)) < len(keys):
         raise ValueError(
-            f"condition_key is {condition_key!r}; it must name a column of adata.obs, or several. "
-            "Name the column that holds the treatment."
+            f"condition_key is {condition_key!r}; it must name a column of adata.obs, or several "
+            "that differ. Name the column that holds the treatment."
         )
-    return list(condition_key)
+    return keys
 
 
-def _check_known_conditions(adata: AnnData, registry: dict) -> None:
-    mappings = registry["field_registries"][CONDITION_KEY]["state_registry"]["mappings"]
-    for key, known in mappings.items():
-        check_columns(adata, condition_key=key)
-        levels = [str(level) for level in known]
+def _columns(setup_args: dict) -> dict[str, str | list[str] | None]:
+    """Return the columns of ``adata.obs`` that set-up arguments name."""
+    return {name: columns for name, columns in setup_args.items() if "_key" in name}
+
+
+def _check_columns_of(adata: AnnData, columns: dict[str, str | list[str] | None]) -> None:
+    """Check that the columns are there, filled, and finite where they are continuous."""
+    check_names(adata)
+    check_columns(adata, **columns)
+    check_no_missing(adata, **columns)
+    continuous = ("size_factor_key", "continuous_covariate_keys")
+    check_finite_columns(adata, **{name: columns[name] for name in continuous})
+    _check_size_factor(adata, columns["size_factor_key"])
+
+
+def _check_overlap(columns: dict[str, str | list[str] | None]) -> None:
+    """Refuse a condition that the decoders would be told as batch or covariate."""
+    told = [columns["batch_key"], *(columns["categorical_covariate_keys"] or [])]
+    overlap = [key for key in columns["condition_key"] if key in told]
+    if overlap:
+        raise ValueError(
+            f"{overlap} are condition keys and batch or covariate keys at once; decoders that are "
+            "told the condition leave nothing for w. Name each column in one role."
+        )
+
+
+def _check_known_levels(adata: AnnData, registry: dict) -> None:
+    """Refuse levels of conditions, batches and covariates that the model was not trained with."""
+    fields = registry["field_registries"]
+    known = dict(fields[CONDITION_KEY]["state_registry"]["mappings"])
+    known |= fields[REGISTRY_KEYS.CAT_COVS_KEY]["state_registry"].get("mappings", {})
+    batch_key = registry["setup_args"]["batch_key"]
+    if batch_key is not None:
+        known[batch_key] = fields[REGISTRY_KEYS.BATCH_KEY]["state_registry"]["categorical_mapping"]
+    for key, mapping in known.items():
+        check_columns(adata, registered=key)
+        levels = [str(level) for level in mapping]
         unknown = sorted(set(adata.obs[key].astype(str)) - set(levels))
         if unknown:
             raise ValueError(
-                f"Conditions {unknown} of adata.obs[{key!r}] are not known to the model; known are "
-                f"{levels}. Remove these cells or train with them."
+                f"Levels {unknown} of adata.obs[{key!r}] are not known to the model; known are "
+                f"{levels}. Remove these cells, train with them, or put one of the known levels "
+                "there to decode as if they were of it."
             )
 
 
@@ -419,6 +489,21 @@ def _check_choices(
     for name, (value, choices) in accepted.items():
         if value not in choices:
             raise ValueError(f"{name} is {value!r}; it must be one of {list(choices)}. Choose one.")
+
+
+def _check_ranges(sizes: dict[str, float], weights: dict[str, float], dropout: float) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1. Choose for example 10.")
+    for name, value in weights.items():
+        if not value >= 0:
+            raise ValueError(
+                f"{name} is {value}; weights are 0 or positive. Choose 0 to switch off."
+            )
+    if not 0 <= dropout < 1:
+        raise ValueError(
+            f"dropout_rate is {dropout}; it must lie in [0, 1). Choose for example 0.1."
+        )
 
 
 def _check_size_factor(adata: AnnData, size_factor_key: str | None) -> None:

@@ -15,7 +15,7 @@ from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBi
 
 from ._counterfactual import Reference, Way, choose_way, cluster_groups
 from ._expression import expression_of
-from ._keys import CONDITION_KEY, LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
+from ._keys import LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,17 +44,40 @@ def predict_counterfactual(
     _check_numbers(n_samples, interval, library_size)
     target = _target_levels(model, to)
     source = model._validate_anndata(_own_copy(adata) if adata.is_view else adata)
-    result = _empty_result(model, source)
-    used = {}
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        for codes, cells in _cells_by_source(model, source):
-            way, description = _fit_way(model, method, codes, target)
-            used["+".join(_level_names(model, codes))] = description
-            anchor = _Anchor(model, source, cells, batch_size) if method == "auto" else None
-            batches = _batches(model, source, cells, batch_size)
-            _predict_cells(model, batches, way, anchor, result, n_samples, interval, library_size)
-    return _finish(model, source, result, target, used, n_samples, interval, library_size, seed)
+    try:
+        result = _empty_result(model, source)
+        groups = _Groups(model, source)
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(seed)
+            for codes, cells in _cells_by_source(model, source):
+                way, description = _fit_way(model, method, codes, target, groups.of_reference)
+                result.ways["+".join(_level_names(model, codes))] = description
+                anchor = None
+                if method == "auto" and model.module.gene_likelihood != "normal":
+                    anchor = _Anchor(model, source, cells, groups.of_source, batch_size)
+                batches = _batches(model, source, cells, batch_size)
+                _predict_cells(
+                    model, batches, way, anchor, result, n_samples, interval, library_size
+                )
+        return _finish(model, source, result, target, n_samples, interval, library_size, seed)
+    finally:
+        if source is not adata:
+            model._forget(source)
+
+
+class _Groups:
+    """Groups of the reference and of the source cells: labels, or clusters of z."""
+
+    def __init__(self, model: DISCoVeR, source: ad.AnnData) -> None:
+        labels = model.reference_["labels"]
+        if labels is not None:
+            self.of_reference = labels
+            own = source.obs[model.labels_key].astype(str)
+            self.of_source = pd.factorize(own)[0]
+        else:
+            clusters = cluster_groups(model.reference_["z"])
+            self.of_reference = clusters.labels_
+            self.of_source = clusters.predict(model.get_latent_representation(source))
 
 
 # ---------------------------------------------------------------------------- input
@@ -105,16 +128,11 @@ def _target_levels(model: DISCoVeR, to: str | dict[str, str]) -> dict[int, int]:
     return target
 
 
-def _condition_codes(model: DISCoVeR, adata: ad.AnnData) -> np.ndarray:
-    codes = model.get_anndata_manager(adata, required=True).get_from_registry(CONDITION_KEY)
-    return np.asarray(codes, dtype=np.int64).reshape(adata.n_obs, -1)
-
-
 def _cells_by_source(
     model: DISCoVeR, source: ad.AnnData
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield each combination of condition codes among the source cells, and its cells."""
-    codes = _condition_codes(model, source)
+    codes = model._condition_codes(source)
     for combination in np.unique(codes, axis=0):
         yield combination, np.flatnonzero((codes == combination).all(axis=1))
 
@@ -127,7 +145,11 @@ def _level_names(model: DISCoVeR, codes: np.ndarray) -> list[str]:
 
 
 def _fit_way(
-    model: DISCoVeR, method: str, source_codes: np.ndarray, target: dict[int, int]
+    model: DISCoVeR,
+    method: str,
+    source_codes: np.ndarray,
+    target: dict[int, int],
+    groups: np.ndarray,
 ) -> tuple[Way, str]:
     """Return a way fitted on the latents of the training cells, and its description."""
     target_codes = source_codes.copy()
@@ -135,13 +157,12 @@ def _fit_way(
     way, description = choose_way(method, model.module, source_codes, target_codes)
     trained = model.reference_
     codes = trained["condition_codes"][:, list(target)]
-    labels = trained["labels"]
     reference = Reference(
         z=trained["z"],
         w=trained["w"],
         is_source=(codes == source_codes[list(target)]).all(axis=1),
         is_target=(codes == target_codes[list(target)]).all(axis=1),
-        groups=cluster_groups(trained["z"]) if labels is None else labels,
+        groups=groups,
     )
     if method not in _WAYS_OF_THE_PRIOR:
         for side, codes in (
@@ -169,13 +190,14 @@ class _Result:
     upper: np.ndarray
     w: np.ndarray
     counts: list[tuple[np.ndarray, sp.csr_matrix]]
+    ways: dict[str, str]
 
 
 def _empty_result(model: DISCoVeR, source: ad.AnnData) -> _Result:
     shape = source.shape
     n_w = model.module.w_encoder.loc.out_features
     mean, lower, upper = (np.empty(shape, dtype=np.float32) for _ in range(3))
-    return _Result(mean, lower, upper, np.empty((shape[0], n_w), dtype=np.float32), [])
+    return _Result(mean, lower, upper, np.empty((shape[0], n_w), dtype=np.float32), [], {})
 
 
 def _batches(
@@ -260,14 +282,13 @@ class _Anchor:
     """
 
     def __init__(
-        self, model: DISCoVeR, source: ad.AnnData, cells: np.ndarray, batch_size: int | None
+        self,
+        model: DISCoVeR,
+        source: ad.AnnData,
+        cells: np.ndarray,
+        groups: np.ndarray,
+        batch_size: int | None,
     ) -> None:
-        self._applies = model.module.gene_likelihood != "normal"
-        if not self._applies:
-            return
-        groups = np.zeros(source.n_obs, dtype=int)
-        if model.labels_key is not None and model.labels_key in source.obs:
-            groups = pd.factorize(source.obs[model.labels_key].astype(str))[0]
         self._groups = groups
         observed, decoded, n_cells = (
             torch.zeros(groups.max() + 1, n, device=model.device)
@@ -290,8 +311,6 @@ class _Anchor:
 
     def apply(self, expression: Tensor, rows: np.ndarray, library_size: float) -> Tensor:
         """Return expression, given at the anchor's library, anchored and at another library."""
-        if not self._applies:
-            return expression
         group = torch.as_tensor(self._groups[rows], device=expression.device)
         anchored = torch.expm1(torch.log1p(expression) + self._log_factor[group]).clamp(min=0)
         return anchored * (library_size / anchored.sum(-1, keepdim=True))
@@ -305,7 +324,6 @@ def _finish(
     source: ad.AnnData,
     result: _Result,
     target: dict[int, int],
-    used: dict[str, str],
     n_samples: int,
     interval: float,
     library_size: float,
@@ -318,8 +336,13 @@ def _finish(
     for position, code in target.items():
         key, levels = list(model.conditions.items())[position]
         asked[key] = levels[code]
+        if f"{key}_source" in obs:
+            raise ValueError(
+                f"adata.obs has a column {key}_source, which the prediction would overwrite with "
+                "the condition that each cell came from. Rename it."
+            )
         obs[f"{key}_source"] = obs[key]
-        obs[key] = pd.Categorical([levels[code]] * len(obs), categories=levels)
+        obs[key] = pd.Categorical.from_codes([code] * len(obs), categories=model._levels[key])
     prediction = ad.AnnData(result.mean, obs, source.var.copy())
     prediction.layers["lower"], prediction.layers["upper"] = result.lower, result.upper
     order = np.argsort(np.concatenate([rows for rows, _ in result.counts]))
@@ -327,7 +350,8 @@ def _finish(
     prediction.obsm[OBSM_W_KEY] = result.w
     prediction.uns["discover_counterfactual"] = {
         "to": asked,
-        "way_per_source": used,
+        "sources": list(result.ways),  # not keys: anndata refuses some characters in them
+        "ways": list(result.ways.values()),
         "n_samples": n_samples,
         "interval": interval,
         "library_size": float(library_size),

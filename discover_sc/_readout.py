@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ._counterfactual import Method
 
-_UNTRAINED = "The model has not been trained; it knows nothing yet. Call model.train() first."
+_UNTRAINED = "The model has not been trained to an end. Call model.train() first."
 
 
 class ReadoutMixin:

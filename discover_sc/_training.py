@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from math import ceil
 
+import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 from scvi.model.base import UnsupervisedTrainingMixin
 
 from ._training_plan import DiscoverTrainingPlan, InvarianceStopping
 
 _MIN_STEPS = 2000
 _MIN_EPOCHS = 20
-_MAX_REFERENCE_CELLS = 50_000
+_MAX_GROUP_CELLS = 2000
 
 
 class TrainingMixin(UnsupervisedTrainingMixin):
@@ -86,16 +88,19 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         plan_kwargs = dict(plan_kwargs or {})
         if "gradient_clip_val" in trainer_kwargs:  # Lightning refuses it under two optimisers
             plan_kwargs["gradient_clip_val"] = trainer_kwargs.pop("gradient_clip_val")
+        callbacks = _as_list(trainer_kwargs.pop("callbacks", []))
         if early_stopping and "early_stopping_monitor" not in trainer_kwargs:
             early_stopping = False
-            callbacks = [*trainer_kwargs.pop("callbacks", []), InvarianceStopping()]
-            trainer_kwargs["callbacks"] = callbacks
-        if _has_validation_cells(train_size, validation_size, datasplitter_kwargs or {}):
+            callbacks.append(InvarianceStopping())
+        n_train, n_validation = _split_sizes(
+            self.adata.n_obs, train_size, validation_size, datasplitter_kwargs or {}
+        )
+        if n_validation:
             trainer_kwargs.setdefault("check_val_every_n_epoch", 1)
+        if n_train % batch_size == 1:  # batch normalisation cannot train on a single cell
+            datasplitter_kwargs = {"drop_last": True, **(datasplitter_kwargs or {})}
         if max_epochs is None:
-            n_train = ceil((train_size or 0.9) * self.adata.n_obs)
             max_epochs = max(_MIN_EPOCHS, ceil(_MIN_STEPS / ceil(n_train / batch_size)))
-        self.reference_ = None
         self.module.train()  # Lightning would go on in evaluation mode when training is resumed
         try:
             super().train(
@@ -110,27 +115,32 @@ class TrainingMixin(UnsupervisedTrainingMixin):
                 early_stopping=early_stopping,
                 datasplitter_kwargs=datasplitter_kwargs,
                 plan_kwargs=plan_kwargs,
+                callbacks=[_TrainingStarts(self), *callbacks],
                 **trainer_kwargs,
             )
         except FloatingPointError:
-            self.module.eval()
             self.is_trained_ = self.is_trained_ or "train_loss" in (self.history or {})
             raise
+        finally:
+            self.module.eval()
         self.reference_ = self._encode_reference()
 
     def _encode_reference(self) -> dict[str, np.ndarray | None]:
-        """Return what counterfactuals learn from: latents, codes and labels of all cells.
+        """Return what counterfactuals learn from: latents, codes and labels of the cells.
 
-        Validation cells are among them. Kept with the model, so that prediction needs no
-        training data; at most 50,000 cells, drawn at random.
+        Training and validation cells, never the test split, which a user may hold out by external
+        indexing. Kept with the model, so that prediction needs no training data; of each
+        combination of conditions and label at most 2,000 cells, drawn at random.
         """
-        cells = np.arange(self.adata.n_obs)
-        if len(cells) > _MAX_REFERENCE_CELLS:
-            rng = np.random.default_rng(0)
-            cells = np.sort(rng.choice(cells, _MAX_REFERENCE_CELLS, replace=False))
+        cells = np.sort(np.concatenate([self.train_indices, self.validation_indices]))
         labels = None
         if self.labels_key is not None:
             labels = self.adata.obs[self.labels_key].astype(str).to_numpy(dtype=str)[cells]
+        groups = self._condition_codes()[cells].astype(str)
+        if labels is not None:
+            groups = np.column_stack([groups, labels])
+        kept = _at_most(_MAX_GROUP_CELLS, groups)
+        cells, labels = cells[kept], None if labels is None else labels[kept]
         return {
             "z": self.get_latent_representation(latent="z", indices=cells),
             "w": self.get_latent_representation(latent="w", indices=cells),
@@ -139,9 +149,42 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         }
 
 
-def _has_validation_cells(
-    train_size: float | None, validation_size: float | None, datasplitter_kwargs: dict
-) -> bool:
+class _TrainingStarts(pl.Callback):
+    """Forget what belongs to the old parameters, and note the split, once steps are taken."""
+
+    def __init__(self, model: TrainingMixin) -> None:
+        self._model = model
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the split even if training is interrupted."""
+        self._model.reference_ = None
+        self._model.train_indices = trainer.datamodule.train_idx
+        self._model.validation_indices = trainer.datamodule.val_idx
+
+
+def _as_list(callbacks: object) -> list:
+    return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+
+
+def _split_sizes(
+    n_cells: int,
+    train_size: float | None,
+    validation_size: float | None,
+    datasplitter_kwargs: dict,
+) -> tuple[int, int]:
+    """Return how many cells are trained and validated on, as the data splitter counts them."""
     if (indexing := datasplitter_kwargs.get("external_indexing")) is not None:
-        return len(indexing) > 1 and indexing[1] is not None and len(indexing[1]) > 0
-    return (train_size or 0.9) < 1 if validation_size is None else validation_size > 0
+        sizes = [0 if part is None else len(part) for part in indexing]
+        return sizes[0], sizes[1] if len(sizes) > 1 else 0
+    n_train = ceil((train_size or 0.9) * n_cells)
+    if validation_size is None:
+        return n_train, n_cells - n_train
+    return n_train, int(n_cells * validation_size)
+
+
+def _at_most(n_cells: int, groups: np.ndarray) -> np.ndarray:
+    """Return positions that keep at most ``n_cells`` of each group, ``(n, n_columns)``."""
+    order = np.random.default_rng(0).permutation(len(groups))
+    _, codes = np.unique(groups[order], axis=0, return_inverse=True)
+    rank = pd.Series(0, index=range(len(order))).groupby(codes.ravel()).cumcount().to_numpy()
+    return np.sort(order[rank < n_cells])

@@ -13,13 +13,15 @@ def anchored_profile(model, source, n_cells):
     cells = np.arange(n_cells)
     registered = model._validate_anndata(source)
     with torch.inference_mode():
-        anchor = _prediction._Anchor(model, registered, cells, None)
+        groups = _prediction._Groups(model, registered).of_source
+        anchor = _prediction._Anchor(model, registered, cells, groups, None)
         flat = torch.full((n_cells, source.n_vars), 1e4 / source.n_vars)
         return anchor.apply(flat, cells, 1e4).numpy()
 
 
 def test_the_anchor_adds_what_the_decoder_misses_shrunk_by_the_number_of_cells(adata):
-    model = train_small(adata)
+    adata.obs["cell_type"] = "one"
+    model = train_small(adata, {"labels_key": "cell_type"})
     source = adata[adata.obs["condition"] == "ctrl"][:100].copy()
     x = source.X.toarray()
     observed = np.log1p((x / x.sum(1, keepdims=True)).mean(0) * 1e4)

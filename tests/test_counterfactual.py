@@ -172,7 +172,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones(module):
 
 def test_clusters_of_z_stand_for_groups():
     z = make_reference(constant).z
-    clusters = cluster_groups(z)
+    clusters = cluster_groups(z).labels_
     assert len(np.unique(clusters)) == 4  # one per 50 cells, at most 10
     for group in range(3):  # no cluster spans two groups
         members = clusters[group * 80 : (group + 1) * 80]

@@ -307,7 +307,7 @@ def test_an_untrained_model_refuses_to_answer(adata):
 def test_conditions_that_the_model_does_not_know_are_refused(adata, tmp_path, use):
     model = train_small(adata)
     other = simulate(60, 60, n_conditions=3, seed=2)
-    message = r"Conditions \['treat_2'\] .* not known to the model; known are \['ctrl', 'treat_1'\]"
+    message = r"Levels \['treat_2'\] .* not known to the model; known are \['ctrl', 'treat_1'\]"
     model.save(str(tmp_path / "model"))
     call = {
         "latents": model.get_latent_representation,

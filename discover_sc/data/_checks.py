@@ -222,8 +222,9 @@ def check_conditions(adata: AnnData, condition_keys: list[str]) -> None:
         if len(rare):
             raise ValueError(
                 f"Conditions of adata.obs[{key!r}] with fewer than {_MIN_CELLS} cells: "
-                f"{rare.to_dict()}. Each needs at least {_MIN_CELLS} cells. Remove these cells or "
-                "merge the level with another."
+                f"{rare.to_dict()}. Each needs at least {_MIN_CELLS} cells. Remove these, merge "
+                "the level with another, or drop an unused category with "
+                f"adata.obs[{key!r}].cat.remove_unused_categories()."
             )
 
 
