@@ -1,4 +1,7 @@
-"""Draw the picture of the README: DISCOVER_SC_DATA=FOLDER python tests/benchmarks/readme_picture.py"""
+"""Draw the picture of the README.
+
+DISCOVER_SC_DATA=FOLDER python tests/benchmarks/readme_picture.py
+"""
 
 from pathlib import Path
 
