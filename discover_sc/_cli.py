@@ -150,7 +150,7 @@ def evaluate(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Report what z and w carry: fresh probes on held-out cells, beside chance."""
+    """Report what z and w carry: fresh cross-validated probes, beside chance."""
     from ._model import DISCoVeR
     from .evaluation import report
 
