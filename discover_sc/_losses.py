@@ -56,7 +56,7 @@ def reconstruction_losses(
         if isinstance(likelihoods[0], ZeroInflatedNegativeBinomial)
         else _negative_binomial_loss
     )
-    return [loss(px, nonzero, theta, theta_nonzero, constant) for px in likelihoods]
+    return [loss(px, nonzero, theta, constant) for px in likelihoods]
 
 
 class _NonZero:
@@ -92,7 +92,6 @@ def _negative_binomial_loss(
     px: NegativeBinomial,
     nonzero: _NonZero,
     theta: Tensor,
-    theta_nonzero: Tensor,
     constant: Tensor,
 ) -> Tensor:
     """Negative log-likelihood; ``constant`` holds the terms in lgamma of the non-zero counts."""
@@ -106,7 +105,6 @@ def _zinb_loss(
     px: ZeroInflatedNegativeBinomial,
     nonzero: _NonZero,
     theta: Tensor,
-    theta_nonzero: Tensor,
     constant: Tensor,
 ) -> Tensor:
     """Negative log-likelihood; ``constant`` holds the terms in lgamma of the non-zero counts.
@@ -117,7 +115,7 @@ def _zinb_loss(
     logits = px.zi_logits
     zero = F.softplus(-logits) - F.softplus(log_zero - logits)
     log_mu = torch.log(nonzero.pick(px.mu) + _EPS)
-    log_sum = torch.log(theta_nonzero + nonzero.pick(px.mu) + _EPS)
+    log_sum = torch.log(nonzero.pick(theta) + nonzero.pick(px.mu) + _EPS)
     count = (
         constant
         + F.softplus(nonzero.pick(logits))  # -log(1 - pi)
