@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from ._keys import CONDITION_KEY
 from .evaluation import condition_probes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from scvi.module.base import LossOutput
     from torch import Tensor
@@ -38,6 +39,9 @@ class DiscoverTrainingPlan(TrainingPlan):
         Term added to AdamW's denominator.
     n_adversary_steps
         Steps of the adversary per step of the model.
+    averaging_decay
+        Decay per step, in [0, 1), of the exponential average of all parameters that validation
+        judges and that training ends with; 0: the last parameters.
     gradient_clip_val
         Largest norm of the model's gradient; None: not clipped.
     n_epochs_kl_warmup, n_steps_kl_warmup
@@ -56,6 +60,9 @@ class DiscoverTrainingPlan(TrainingPlan):
     Only the model's optimiser is counted in ``global_step``, so step-based warm-ups and
     ``max_steps`` mean steps of the model. Training in 16-bit floats with a gradient scaler is not
     supported; bfloat16 is.
+
+    The last iterate of a game circles around the solution that the average of the iterates
+    approaches, so the average is what training ends with.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class DiscoverTrainingPlan(TrainingPlan):
         weight_decay: float = 0.1,
         eps: float = 1e-8,
         n_adversary_steps: int = 3,
+        averaging_decay: float = 0.99,
         gradient_clip_val: float | None = None,
         n_epochs_kl_warmup: int | None = None,
         n_steps_kl_warmup: int | None = None,
@@ -85,6 +93,11 @@ class DiscoverTrainingPlan(TrainingPlan):
             raise ValueError(
                 f"n_adversary_steps is {n_adversary_steps}; it must be at least 1. "
                 "To train without an adversary, set adversarial_weight=0 in the model."
+            )
+        if not 0 <= averaging_decay < 1:
+            raise ValueError(
+                f"averaging_decay is {averaging_decay}; it must be at least 0 and below 1. Choose "
+                "0.99, or 0 to end with the last parameters."
             )
         super().__init__(
             module,
@@ -107,6 +120,7 @@ class DiscoverTrainingPlan(TrainingPlan):
         self.adversary_lr = adversary_lr
         self.n_adversary_steps = n_adversary_steps
         self.gradient_clip_val = gradient_clip_val
+        self._average = _RunningAverage(module, averaging_decay)
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "validation": {}}
         self._n_cells = {"train": 0, "validation": 0}
 
@@ -159,6 +173,7 @@ class DiscoverTrainingPlan(TrainingPlan):
         if not torch.isfinite(loss):
             self._stop_at_finite_state(terms)
         self._step_model(model_optimizer, loss)
+        self._average.update()
         self._record("train", terms, losses.n_obs_minibatch)
         return loss.detach()
 
@@ -229,9 +244,34 @@ class DiscoverTrainingPlan(TrainingPlan):
         self.log(f"{mode}_loss", means["loss"], prog_bar=mode == "train")
         return means
 
+    def on_fit_start(self) -> None:
+        """Start the average: the module lies on its device now."""
+        self._average.start()
+
     def on_train_start(self) -> None:
         """Remember the state that training can fall back to."""
         self._remember_state()
+
+    def on_train_end(self) -> None:
+        """End with the averaged parameters."""
+        self._average.swap()
+
+    def on_validation_start(self) -> None:
+        """Judge the averaged parameters."""
+        self._average.swap()
+
+    def on_validation_end(self) -> None:
+        """Go on training with the last parameters."""
+        self._average.swap()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged parameters in place for the time of a ``with`` block."""
+        self._average.swap()
+        try:
+            yield
+        finally:
+            self._average.swap()
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch and remember its last state, if the last step left it finite."""
@@ -242,7 +282,9 @@ class DiscoverTrainingPlan(TrainingPlan):
         self._remember_state()
 
     def _remember_state(self) -> None:
-        self._finite_state = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
+        with self.averaged():
+            state = self.module.state_dict()
+            self._finite_state = {name: value.detach().clone() for name, value in state.items()}
 
     def _stop_at_finite_state(self, terms: dict[str, Tensor]) -> None:
         """Go back to the last finite state and say which terms of the loss were not finite."""
@@ -268,6 +310,37 @@ class DiscoverTrainingPlan(TrainingPlan):
                 named = {f"{k}_validation": v for k, v in means.items()}
                 named["validation_loss"] = means["loss"]
                 self.lr_schedulers().step(named[self.lr_scheduler_metric])
+
+
+class _RunningAverage:
+    """Exponential average over steps of a module's parameters and floating-point buffers."""
+
+    def __init__(self, module: DiscoverVAE, decay: float) -> None:
+        self._module = module
+        self._decay = decay
+
+    def start(self) -> None:
+        """Begin at the present state."""
+        self._n_steps = 0
+        state = self._module.state_dict().values()  # detached, and sharing memory with the module
+        self._present = [value for value in state if value.is_floating_point()]
+        self._average = [value.clone() for value in self._present]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the present state; early steps count less, or the start would linger."""
+        self._n_steps += 1
+        decay = min(self._decay, self._n_steps / (self._n_steps + 10))
+        for average, present in zip(self._average, self._present, strict=True):
+            average.lerp_(present, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average and the module's state."""
+        for average, present in zip(self._average, self._present, strict=True):
+            kept = present.clone()
+            present.copy_(average)
+            average.copy_(kept)
 
 
 class InvarianceStopping(pl.Callback):
@@ -330,7 +403,8 @@ class InvarianceStopping(pl.Callback):
         due = (trainer.current_epoch + 1) % every == 0
         if not due or trainer.global_step < self.min_steps:
             return
-        excess, passed = self._check(trainer, pl_module)
+        with pl_module.averaged():
+            excess, passed = self._check(trainer, pl_module)
         pl_module.log("condition_excess_validation", excess)
         self._n_passed = self._n_passed + 1 if passed else 0
         if self._n_passed >= self.patience:

@@ -5,7 +5,7 @@ import torch
 from fitting import QUIET, train_small
 
 from discover_sc import DISCoVeR, InvarianceStopping
-from discover_sc._training_plan import DiscoverTrainingPlan
+from discover_sc._training_plan import DiscoverTrainingPlan, _RunningAverage
 
 TERMS = (
     "reconstruction_loss",
@@ -228,3 +228,43 @@ def test_checkpoints_are_written_under_the_two_optimisers(adata, tmp_path):
     model = train_small(adata, train={"enable_checkpointing": True})
     assert list(tmp_path.rglob("model.pt"))
     assert model.is_trained
+
+
+def test_the_average_is_exponential_and_its_start_does_not_linger():
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = _RunningAverage(module, decay=0.2)
+    expected = float(module.weight.detach())
+    average.start()
+    for step, value in enumerate([3.0, -1.0, 2.0], start=1):
+        module.weight.data.fill_(value)
+        average.update()
+        decay = min(0.2, step / (step + 10))
+        expected = decay * expected + (1 - decay) * value
+    average.swap()
+    assert module.weight.item() == pytest.approx(expected)
+    average.swap()
+    assert module.weight.item() == 2.0
+
+
+def test_training_ends_with_the_average_which_validation_judged(adata):
+    """With decay 0 the average is the last state; otherwise it lags behind."""
+    models = []
+    for decay in (0.0, 0.99):
+        scvi.settings.seed = 0
+        arguments = {"max_epochs": 4, "plan_kwargs": {"averaging_decay": decay}}
+        models.append(train_small(adata, train=arguments))
+    last, averaged = models
+    distance = sum(
+        float((a - b).detach().square().sum())
+        for a, b in zip(last.module.parameters(), averaged.module.parameters(), strict=True)
+    )
+    assert distance > 1e-3
+    key = "reconstruction_loss"  # the steps are the same, what is judged is not
+    assert last.history[f"{key}_train"].equals(averaged.history[f"{key}_train"])
+    assert not last.history[f"{key}_validation"].equals(averaged.history[f"{key}_validation"])
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_outside_its_range_is_refused(adata, decay):
+    with pytest.raises(ValueError, match=r"averaging_decay is .*at least 0 and below 1"):
+        train_small(adata, train={"plan_kwargs": {"averaging_decay": decay}})
