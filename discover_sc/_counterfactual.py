@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Method = Literal["auto", "shift", "prior", "abduction", "neighbors", "groups", "linear"]
 METHODS: tuple[str, ...] = get_args(Method)
 
-_MIN_GROUP_CELLS = 5
+MIN_GROUP_CELLS = 5
 _N_NEIGHBORS = 15
 _N_VOTES = 30
 _RIDGE = 1.0
@@ -66,7 +66,7 @@ class Reference:
                 (self.is_source & (self.groups == group)).sum(),
                 (self.is_target & (self.groups == group)).sum(),
             )
-            >= _MIN_GROUP_CELLS
+            >= MIN_GROUP_CELLS
         ]
 
     def matched(self, side: np.ndarray) -> np.ndarray:

@@ -190,6 +190,7 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             f"adversary_input: {adversary_input}, invariance: {invariance}, decoder: {decoder}"
         )
         self.reference_ = None
+        self.counterfactual_choice_ = None
         self.init_params_ = self._get_init_params(locals())
 
     # ----------------------------------------------------------------------- setup

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import anndata as ad
@@ -10,23 +10,40 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+from scipy.stats import norm
 from scvi import REGISTRY_KEYS
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
-from ._counterfactual import Reference, Way, choose_way, cluster_groups
+from ._calibration import (
+    PROFILE_LIBRARY,
+    GroupEstimate,
+    GroupMeans,
+    LogCalibration,
+    ShiftCalibration,
+    closed,
+    combine,
+)
+from ._counterfactual import Way, choose_way
 from ._expression import expression_of
 from ._keys import LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
+from ._reference import (
+    effects_between,
+    groups_of,
+    normalized,
+    profile_of,
+    reference_between,
+)
+from ._support import Support, warn_of_low_support
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
+    from ._group_effects import GroupEffects
     from ._model import DISCoVeR
 
 _WAYS_OF_THE_PRIOR = ("prior", "abduction")
-_ANCHOR_CELLS = 50  # source cells at which the anchor has half of its weight
-_ANCHOR_LIBRARY = 1e4  # scale, in counts, on which log1p profiles are compared
 
 
 def predict_counterfactual(
@@ -46,38 +63,30 @@ def predict_counterfactual(
     source = model._validate_anndata(_own_copy(adata) if adata.is_view else adata)
     try:
         result = _empty_result(model, source)
-        groups = _Groups(model, source)
+        groups = groups_of(model, source)
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             for codes, cells in _cells_by_source(model, source):
-                way, description = _fit_way(model, method, codes, target, groups.of_reference)
-                result.ways["+".join(_level_names(model, codes))] = description
-                anchor = None
-                if method == "auto" and model.module.gene_likelihood != "normal":
-                    anchor = _Anchor(model, source, cells, groups.of_source, batch_size)
-                batches = _batches(model, source, cells, batch_size)
-                _predict_cells(
-                    model, batches, way, anchor, result, n_samples, interval, library_size
-                )
+                move = _fit_move(model, method, codes, target)
+                result.ways[move.source_name] = move.description
+                result.choices[move.source_name] = _choice(move)
+                batches = _Batches(model, source, cells, batch_size)
+                names, group_of_cell = np.unique(groups[cells], return_inverse=True)
+                means = _group_means(model, batches, move.way, group_of_cell, len(names))
+                estimates = [
+                    _estimate(model, m, move.effects, calibrate=method == "auto") for m in means
+                ]
+                draws = _Draws(n_samples, interval, library_size)
+                _predict_cells(model, batches, move, means, estimates, group_of_cell, draws, result)
+                for name, estimate in zip(names, estimates, strict=True):
+                    result.estimates[move.source_name, name] = estimate
+        if method == "auto":
+            model.counterfactual_choice_ = result.choices
+        warn_of_low_support(result.support)
         return _finish(model, source, result, target, n_samples, interval, library_size, seed)
     finally:
         if source is not adata:
             model._forget(source)
-
-
-class _Groups:
-    """Groups of the reference and of the source cells: labels, or clusters of z."""
-
-    def __init__(self, model: DISCoVeR, source: ad.AnnData) -> None:
-        labels = model.reference_["labels"]
-        if labels is not None:
-            self.of_reference = labels
-            own = source.obs[model.labels_key].astype(str)
-            self.of_source = pd.factorize(own)[0]
-        else:
-            clusters = cluster_groups(model.reference_["z"])
-            self.of_reference = clusters.labels_
-            self.of_source = clusters.predict(model.get_latent_representation(source))
 
 
 # ---------------------------------------------------------------------------- input
@@ -141,17 +150,24 @@ def _level_names(model: DISCoVeR, codes: np.ndarray) -> list[str]:
     return [levels[c] for levels, c in zip(model.conditions.values(), codes, strict=True)]
 
 
-# ------------------------------------------------------------------------------ way
+# ----------------------------------------------------------------------------- move
 
 
-def _fit_way(
-    model: DISCoVeR,
-    method: str,
-    source_codes: np.ndarray,
-    target: dict[int, int],
-    groups: np.ndarray,
-) -> tuple[Way, str]:
-    """Return a way fitted on the latents of the training cells, and its description."""
+@dataclass(frozen=True)
+class _Move:
+    """From one source condition to the target: how, and from what was learned of both."""
+
+    source_name: str
+    way: Way
+    description: str
+    effects: GroupEffects | None
+    support: Support
+
+
+def _fit_move(
+    model: DISCoVeR, method: str, source_codes: np.ndarray, target: dict[int, int]
+) -> _Move:
+    """Fit what replaces w on the reference cells."""
     target_codes = source_codes.copy()
     target_codes[list(target)] = list(target.values())
     features = (
@@ -159,15 +175,8 @@ def _fit_way(
         for codes in (source_codes, target_codes)
     )
     way, description = choose_way(method, model.module, *features)
-    trained = model.reference_
-    codes = trained["condition_codes"][:, list(target)]
-    reference = Reference(
-        z=trained["z"],
-        w=trained["w"],
-        is_source=(codes == source_codes[list(target)]).all(axis=1),
-        is_target=(codes == target_codes[list(target)]).all(axis=1),
-        groups=groups,
-    )
+    sides = (model.reference_, list(target), source_codes, target_codes)
+    reference = reference_between(*sides)
     if method not in _WAYS_OF_THE_PRIOR:
         for side, codes in (
             (reference.is_source, source_codes),
@@ -179,7 +188,26 @@ def _fit_way(
                     f"method={method!r} compares. Ask for one key at a time, or use "
                     "method='abduction', which asks the learned prior."
                 )
-    return way.fit(reference), description
+    return _Move(
+        source_name="+".join(_level_names(model, source_codes)),
+        way=way.fit(reference),
+        description=description,
+        effects=effects_between(*sides),
+        support=Support(reference),
+    )
+
+
+def _choice(move: _Move) -> dict[str, object]:
+    """Return what was chosen, and the cross-validated scores it was chosen by, as plain values."""
+    choice = {"ways": move.description, "n_groups": 0}
+    if move.effects is not None:
+        choice |= {
+            "n_groups": len(move.effects.errors),
+            "power": move.effects.power,
+            "lfc_r2_by_power": dict(move.effects.scores),
+            "mean_weight_of_observed_changes": float(move.effects.weight_beside().mean()),
+        }
+    return choice
 
 
 # --------------------------------------------------------------------------- decode
@@ -187,33 +215,46 @@ def _fit_way(
 
 @dataclass
 class _Result:
-    """Preallocated output, one row per source cell."""
+    """Preallocated output, one row per source cell, and the estimates of the groups."""
 
     mean: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
     w: np.ndarray
-    counts: list[tuple[np.ndarray, sp.csr_matrix]]
-    ways: dict[str, str]
+    support: np.ndarray
+    counts: list[tuple[np.ndarray, sp.csr_matrix]] = field(default_factory=list)
+    ways: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, dict] = field(default_factory=dict)
+    estimates: dict[tuple[str, str], GroupEstimate] = field(default_factory=dict)
 
 
 def _empty_result(model: DISCoVeR, source: ad.AnnData) -> _Result:
     shape = source.shape
     n_w = model.module.w_encoder.loc.out_features
     mean, lower, upper = (np.empty(shape, dtype=np.float32) for _ in range(3))
-    return _Result(mean, lower, upper, np.empty((shape[0], n_w), dtype=np.float32), [], {})
+    w, support = np.empty((shape[0], n_w), dtype=np.float32), np.empty(shape[0])
+    return _Result(mean, lower, upper, w, support)
 
 
-def _batches(
-    model: DISCoVeR, source: ad.AnnData, cells: np.ndarray, batch_size: int | None
-) -> Iterator[tuple[np.ndarray, dict[str, Tensor], dict]]:
-    """Yield cells, tensors and inference outputs of each minibatch of some cells."""
-    start = 0
-    for tensors in model._make_data_loader(source, indices=cells, batch_size=batch_size):
-        outputs = model.module.inference(**model.module._get_inference_input(tensors))
-        n = len(tensors[REGISTRY_KEYS.X_KEY])
-        yield cells[start : start + n], tensors, outputs
-        start += n
+@dataclass(frozen=True)
+class _Batches:
+    """Minibatches of some source cells, as often as they are asked for."""
+
+    model: DISCoVeR
+    source: ad.AnnData
+    cells: np.ndarray
+    batch_size: int | None
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[str, Tensor], dict]]:
+        """Yield positions among the cells, tensors and inference outputs of each minibatch."""
+        module, start = self.model.module, 0
+        for tensors in self.model._make_data_loader(
+            self.source, indices=self.cells, batch_size=self.batch_size
+        ):
+            n = len(tensors[REGISTRY_KEYS.X_KEY])
+            outputs = module.inference(**module._get_inference_input(tensors))
+            yield np.arange(start, start + n), tensors, outputs
+            start += n
 
 
 def _move(way: Way, z: Tensor, w: Tensor) -> Tensor:
@@ -221,49 +262,109 @@ def _move(way: Way, z: Tensor, w: Tensor) -> Tensor:
     return torch.as_tensor(moved, dtype=w.dtype, device=w.device)
 
 
+def _group_means(
+    model: DISCoVeR, batches: _Batches, way: Way, group_of_cell: np.ndarray, n_groups: int
+) -> list[GroupMeans]:
+    """Return the profiles of each group of source cells, at the posterior means."""
+    sums = torch.zeros(3, n_groups, model.summary_stats.n_vars, dtype=torch.float64)
+    for rows, tensors, outputs in batches:
+        z, w, library = outputs[QZ_KEY].loc, outputs[QW_KEY].loc, outputs[LIBRARY_KEY]
+        group = torch.as_tensor(group_of_cell[rows])
+        decoded = (
+            expression_of(model.module.decode(z, latent, library, tensors), PROFILE_LIBRARY)
+            for latent in (w, _move(way, z, w))
+        )
+        observed = normalized(model, tensors[REGISTRY_KEYS.X_KEY].to(model.device))
+        for kind, values in enumerate((observed, *decoded)):
+            sums[kind].index_add_(0, group, values.double().cpu())
+    n_cells = np.bincount(group_of_cell, minlength=n_groups)
+    profiles = profile_of(model, sums / torch.as_tensor(n_cells).unsqueeze(1)).numpy()
+    return [GroupMeans(*profiles[:, g], n_cells[g]) for g in range(n_groups)]
+
+
+def _estimate(
+    model: DISCoVeR, means: GroupMeans, effects: GroupEffects | None, *, calibrate: bool
+) -> GroupEstimate:
+    estimate = combine(means, effects, calibrate=calibrate)
+    if model.module.gene_likelihood == "normal":
+        return estimate
+    return replace(estimate, profile=closed(estimate.profile))
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What is drawn of each cell, and how it is summarised."""
+
+    n_samples: int
+    interval: float
+    library_size: float
+
+    def tails(self) -> list[float]:
+        """Return the quantiles of a sample between which a new draw falls as often as asked."""
+        n = self.n_samples
+        lower = max(0.0, ((n + 1) * (1 - self.interval) / 2 - 1) / (n - 1))
+        return [lower, 1 - lower]
+
+
 def _predict_cells(
     model: DISCoVeR,
-    batches: Iterator[tuple[np.ndarray, dict[str, Tensor], dict]],
-    way: Way,
-    anchor: _Anchor | None,
+    batches: _Batches,
+    move: _Move,
+    means: list[GroupMeans],
+    estimates: list[GroupEstimate],
+    group_of_cell: np.ndarray,
+    draws: _Draws,
     result: _Result,
-    n_samples: int,
-    interval: float,
-    library_size: float,
 ) -> None:
-    """Fill the rows of some cells, all under one source condition."""
-    tails = torch.tensor([(1 - interval) / 2, (1 + interval) / 2], device=model.device)
-    for rows, tensors, outputs in batches:
+    """Fill the rows of some cells, all under one source condition.
+
+    The expectation is calibrated to the estimate of the group. Each draw of what could be observed
+    adds an error of the group, which its cells share, and the noise of the likelihood.
+    """
+    device, is_normal = model.device, model.module.gene_likelihood == "normal"
+    calibration_class = ShiftCalibration if is_normal else LogCalibration
+    predicted, wanted, errors = (
+        torch.as_tensor(np.stack(rows), dtype=torch.float32, device=device)
+        for rows in (
+            [m.predicted for m in means],
+            [e.profile for e in estimates],
+            [e.error for e in estimates],
+        )
+    )
+    calibrate = calibration_class(predicted, wanted)
+    noise = torch.randn(draws.n_samples, *errors.shape, device=device) * errors.nan_to_num()
+    disturbed = [calibration_class(predicted, wanted + error) for error in noise]
+    tails = torch.tensor(draws.tails(), device=device)
+    for positions, tensors, outputs in batches:
+        rows = batches.cells[positions]
+        group = torch.as_tensor(group_of_cell[positions], device=device)
         qz, qw, library = outputs[QZ_KEY], outputs[QW_KEY], outputs[LIBRARY_KEY]
-        draws = []
-        for _ in range(n_samples):
+        total, observed = 0.0, []
+        for disturb in disturbed:
             z, w = qz.sample(), qw.sample()
-            px = model.module.decode(z, _move(way, z, w), library, tensors)
-            draws.append(_expression(px, library_size, anchor, rows))
-        lower, upper = torch.quantile(torch.stack(draws), tails, dim=0)
-        result.mean[rows] = torch.stack(draws).mean(0).cpu().numpy()
+            px = model.module.decode(z, _move(move.way, z, w), library, tensors)
+            expression = expression_of(px, PROFILE_LIBRARY)
+            total = total + calibrate(expression, group)
+            observed.append(_sample(px, disturb(expression, group), library))
+        scale = 1.0 if is_normal else draws.library_size / torch.exp(library)
+        lower, upper = torch.quantile(torch.stack(observed), tails, dim=0) * scale
         result.lower[rows], result.upper[rows] = lower.cpu().numpy(), upper.cpu().numpy()
-        result.w[rows] = _move(way, qz.loc, qw.loc).cpu().numpy()
-        # the last draw of the latents, and a draw of the counts given it
-        counts = _sample_counts(px, draws[-1] / library_size, library)
+        mean = total / draws.n_samples
+        if not is_normal:
+            mean = mean * (draws.library_size / mean.sum(-1, keepdim=True))
+        result.mean[rows] = mean.cpu().numpy()
+        result.w[rows] = _move(move.way, qz.loc, qw.loc).cpu().numpy()
+        result.support[rows] = move.support(qz.loc.cpu().numpy(), qw.loc.cpu().numpy())
+        # of the last draw of the latents
+        counts = _sample(px, calibrate(expression, group), library)
         result.counts.append((rows, sp.csr_matrix(counts.cpu().numpy())))
 
 
-def _expression(
-    px: torch.distributions.Distribution,
-    library_size: float,
-    anchor: _Anchor | None,
-    rows: np.ndarray,
-) -> Tensor:
-    if anchor is None:
-        return expression_of(px, library_size)
-    return anchor.apply(expression_of(px, _ANCHOR_LIBRARY), rows, library_size)
-
-
-def _sample_counts(
-    px: torch.distributions.Distribution, fractions: Tensor, library: Tensor
-) -> Tensor:
-    """Draw from the likelihood, with its mean at the (anchored) fractions; values if normal."""
+def _sample(px: torch.distributions.Distribution, expression: Tensor, library: Tensor) -> Tensor:
+    """Draw what could be observed, ``(n_cells, n_genes)``, with a mean of given expression."""
+    if isinstance(px, torch.distributions.Normal):
+        return torch.normal(expression, px.scale)
+    fractions = expression / expression.sum(-1, keepdim=True)
     rate = fractions * torch.exp(library)
     if isinstance(px, Poisson):
         return torch.poisson(rate)
@@ -272,52 +373,7 @@ def _sample_counts(
         return ZeroInflatedNegativeBinomial(
             mu=rate, theta=px.theta, zi_logits=px.zi_logits, scale=fractions
         ).sample()
-    if isinstance(px, NegativeBinomial):
-        return NegativeBinomial(mu=rate, theta=px.theta, scale=fractions).sample()
-    return px.sample()
-
-
-class _Anchor:
-    """The log difference between observed and decoded source profile, per group.
-
-    A decoder smooths: it misses part of what is particular to a group. The part is seen on the
-    source cells themselves, never on treated ones, shrunk by the number of cells that it was
-    seen on, and added to the prediction.
-    """
-
-    def __init__(
-        self,
-        model: DISCoVeR,
-        source: ad.AnnData,
-        cells: np.ndarray,
-        groups: np.ndarray,
-        batch_size: int | None,
-    ) -> None:
-        self._groups = groups
-        observed, decoded, n_cells = (
-            torch.zeros(groups.max() + 1, n, device=model.device)
-            for n in (source.n_vars, source.n_vars, 1)
-        )
-        for rows, tensors, outputs in _batches(model, source, cells, batch_size):
-            group = torch.as_tensor(groups[rows], device=model.device)
-            x = tensors[REGISTRY_KEYS.X_KEY].to(model.device)
-            px = model.module.decode(
-                outputs[QZ_KEY].loc, outputs[QW_KEY].loc, outputs[LIBRARY_KEY], tensors
-            )
-            observed.index_add_(0, group, x / x.sum(-1, keepdim=True))
-            decoded.index_add_(0, group, px.scale)
-            n_cells.index_add_(0, group, torch.ones(len(rows), 1, device=model.device))
-        per_cell = _ANCHOR_LIBRARY / n_cells.clamp(min=1)
-        weight = n_cells / (n_cells + _ANCHOR_CELLS)
-        self._log_factor = weight * (
-            torch.log1p(observed * per_cell) - torch.log1p(decoded * per_cell)
-        )
-
-    def apply(self, expression: Tensor, rows: np.ndarray, library_size: float) -> Tensor:
-        """Return expression, given at the anchor's library, anchored and at another library."""
-        group = torch.as_tensor(self._groups[rows], device=expression.device)
-        anchored = torch.expm1(torch.log1p(expression) + self._log_factor[group]).clamp(min=0)
-        return anchored * (library_size / anchored.sum(-1, keepdim=True))
+    return NegativeBinomial(mu=rate, theta=px.theta, scale=fractions).sample()
 
 
 # --------------------------------------------------------------------------- output
@@ -352,6 +408,9 @@ def _finish(
     order = np.argsort(np.concatenate([rows for rows, _ in result.counts]))
     prediction.layers["counts"] = sp.vstack([c for _, c in result.counts]).tocsr()[order]
     prediction.obsm[OBSM_W_KEY] = result.w
+    prediction.obs["support"] = result.support
+    for key, profiles in _group_intervals(result.estimates, interval).items():
+        prediction.varm[key] = pd.DataFrame(profiles, index=prediction.var_names)
     prediction.uns["discover_counterfactual"] = {
         "to": asked,
         "sources": list(result.ways),  # not keys: anndata refuses some characters in them
@@ -362,3 +421,17 @@ def _finish(
         "seed": seed,
     }
     return prediction
+
+
+def _group_intervals(
+    estimates: dict[tuple[str, str], GroupEstimate], interval: float
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return profile and bounds of each group, by the key of ``.varm`` and the group's name."""
+    several = len({source for source, _ in estimates}) > 1
+    half_width = float(norm.ppf((1 + interval) / 2))
+    profiles = {"discover_mean": {}, "discover_mean_lower": {}, "discover_mean_upper": {}}
+    for (source, group), estimate in estimates.items():
+        name = f"{group} from {source}" if several else group
+        for key, sign in zip(profiles, (0, -1, 1), strict=True):
+            profiles[key][name] = estimate.profile + sign * half_width * estimate.error
+    return profiles

@@ -11,6 +11,7 @@ import torch
 from ._expression import expected_expression, sorted_cells
 from ._keys import OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY
 from ._prediction import predict_counterfactual
+from ._reference import encode_reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -254,12 +255,12 @@ class ReadoutMixin:
             that of neighbours in z, ``"linear"`` the difference of two ridge regressions of w on
             z; ``"prior"`` takes the learned prior's mean, ``"abduction"`` adds the difference of
             the prior's means. ``"auto"`` averages abduction (unless ``prior="class_mean"``),
-            neighbors and groups, and adds what the decoder misses of the source group's own
-            observed profile, shrunk by the number of source cells.
+            neighbors and groups, and moves the cells so that the mean profile of each group
+            weighs the model's estimate with the observed changes of like groups.
         n_samples
             Posterior draws per cell, at least 2.
         interval
-            Nominal coverage of ``lower`` to ``upper``, in (0, 1).
+            Nominal coverage of all intervals, in (0, 1).
         library_size
             Total expression of each predicted cell in ``.X``, ``lower`` and ``upper``. Has no
             effect under ``gene_likelihood="normal"``.
@@ -271,12 +272,18 @@ class ReadoutMixin:
         Returns
         -------
         New AnnData, same cells and genes. ``.X``: expected expression. ``.layers["lower"]``,
-        ``.layers["upper"]``: quantiles of the expected expression over posterior draws (they hold
-        neither sampling noise nor the error of the method). ``.layers["counts"]``: one
-        posterior-predictive draw at the cell's own library size. ``.obsm["X_discover_w"]``: the
-        new w. ``.obs``: as the source, with the target condition and, as
-        ``"<condition_key>_source"``, the one it came from.
-        ``.uns["discover_counterfactual"]``: what was done.
+        ``.layers["upper"]``: interval of what could be observed of the cell, on the scale of
+        ``.X``: posterior, error between groups and sampling noise. ``.layers["counts"]``: one
+        posterior-predictive draw at the cell's own library size. ``.varm["discover_mean"]``,
+        ``..._lower``, ``..._upper``: profile of each group of source cells, log1p of mean counts
+        per 10,000, and its interval (NaN where no group was observed under both conditions).
+        ``.obsm["X_discover_w"]``: the new w. ``.obs``: as the source, with the target condition;
+        the one it came from, as ``"<condition_key>_source"``; and ``support``, in [0, 1]: how
+        well the training data cover the cell under this target.
+        ``.uns["discover_counterfactual"]``: what was done. With ``"auto"``,
+        ``model.counterfactual_choice_`` holds for each source condition the power by which like
+        groups were weighted, its scores and those of the other powers over left-out groups, and
+        the mean weight of observed changes beside the model.
 
         Raises
         ------
@@ -285,7 +292,7 @@ class ReadoutMixin:
         """
         self._check_if_trained(warn=False, message=_UNTRAINED)
         if self.reference_ is None:  # training was interrupted
-            self.reference_ = self._encode_reference()
+            self.reference_ = encode_reference(self)
         return predict_counterfactual(
             self, adata, to, method, n_samples, interval, library_size, batch_size, seed
         )

@@ -5,15 +5,13 @@ from __future__ import annotations
 from math import ceil
 
 import lightning.pytorch as pl
-import numpy as np
-import pandas as pd
 from scvi.model.base import UnsupervisedTrainingMixin
 
+from ._reference import encode_reference
 from ._training_plan import DiscoverTrainingPlan, InvarianceStopping
 
 _MIN_STEPS = 2000
 _MIN_EPOCHS = 20
-_MAX_GROUP_CELLS = 2000
 
 
 class TrainingMixin(UnsupervisedTrainingMixin):
@@ -124,30 +122,7 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             raise
         finally:
             self.module.eval()
-        self.reference_ = self._encode_reference()
-
-    def _encode_reference(self) -> dict[str, np.ndarray | None]:
-        """Return what counterfactuals learn from: latents, codes and labels of the cells.
-
-        Training and validation cells, never the test split, which a user may hold out by external
-        indexing. Kept with the model, so that prediction needs no training data; of each
-        combination of conditions and label at most 2,000 cells, drawn at random.
-        """
-        cells = np.sort(np.concatenate([self.train_indices, self.validation_indices]))
-        labels = None
-        if self.labels_key is not None:
-            labels = self.adata.obs[self.labels_key].astype(str).to_numpy(dtype=str)[cells]
-        groups = self._condition_codes()[cells].astype(str)
-        if labels is not None:
-            groups = np.column_stack([groups, labels])
-        kept = _at_most(_MAX_GROUP_CELLS, groups)
-        cells, labels = cells[kept], None if labels is None else labels[kept]
-        return {
-            "z": self.get_latent_representation(latent="z", indices=cells),
-            "w": self.get_latent_representation(latent="w", indices=cells),
-            "condition_codes": self._condition_codes()[cells],
-            "labels": labels,
-        }
+        self.reference_ = encode_reference(self)
 
 
 class _TrainingStarts(pl.Callback):
@@ -181,11 +156,3 @@ def _split_sizes(
     if validation_size is None:
         return n_train, n_cells - n_train
     return n_train, int(n_cells * validation_size)
-
-
-def _at_most(n_cells: int, groups: np.ndarray) -> np.ndarray:
-    """Return positions that keep at most ``n_cells`` of each group, ``(n, n_columns)``."""
-    order = np.random.default_rng(0).permutation(len(groups))
-    _, codes = np.unique(groups[order], axis=0, return_inverse=True)
-    rank = pd.Series(0, index=range(len(order))).groupby(codes.ravel()).cumcount().to_numpy()
-    return np.sort(order[rank < n_cells])

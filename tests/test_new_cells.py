@@ -201,10 +201,10 @@ def test_a_mask_of_the_wrong_length_is_refused(adata):
 
 
 def test_the_reference_keeps_every_group_of_large_data(adata, monkeypatch):
-    monkeypatch.setattr("discover_sc._training._MAX_GROUP_CELLS", 10)
+    monkeypatch.setattr("discover_sc._reference._MAX_GROUP_CELLS", 10)
     model = train_small(adata, {"labels_key": "cell_type"})
     codes = model.reference_["condition_codes"].ravel()
     _, counts = np.unique(
-        np.stack([codes.astype(str), model.reference_["labels"]]), axis=1, return_counts=True
+        np.stack([codes.astype(str), model.reference_["groups"]]), axis=1, return_counts=True
     )
     assert counts.tolist() == [10] * 6  # two conditions of three types

@@ -1,11 +1,17 @@
 import anndata as ad
 import numpy as np
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
 import torch
 from fitting import QUIET, train_small
+from sklearn.metrics import r2_score
 
 from discover_sc import DISCoVeR
+from discover_sc.evaluation import log_mean_profile
+
+# most tests ask for a group that was never seen treated
+pytestmark = pytest.mark.filterwarnings("ignore:The median support")
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +36,99 @@ def test_the_prediction_has_the_same_cells_and_genes_and_says_what_was_done(trai
     assert not [name for name in predicted.obs if name.startswith("_scvi")]
 
 
-def test_rows_sum_to_the_library_size_and_lie_between_their_bounds(trained, source):
-    predicted = trained.predict_counterfactual(source, to="treat_1", library_size=500.0)
-    np.testing.assert_allclose(predicted.X.sum(axis=1), 500.0, rtol=1e-4)
-    inside = (predicted.X >= predicted.layers["lower"] - 1e-4) & (
-        predicted.X <= predicted.layers["upper"] + 1e-4
+def test_rows_sum_to_the_library_size_whatever_it_is(trained, source):
+    small, large = (
+        trained.predict_counterfactual(source, to="treat_1", library_size=size)
+        for size in (500.0, 2000.0)
     )
-    assert inside.mean() > 0.99
+    np.testing.assert_allclose(small.X.sum(axis=1), 500.0, rtol=1e-4)
+    for values in ("X", "lower", "upper"):
+        a, b = (p.X if values == "X" else p.layers[values] for p in (small, large))
+        np.testing.assert_allclose(4 * a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_intervals_cover_what_was_observed_of_the_held_out_group(trained, simulated, source):
+    """Nominal 90 %: of single cells, each gene on its own, and of the group's mean profile."""
+    predicted = trained.predict_counterfactual(source, to="treat_1")
+    hidden = simulated[2].X.toarray()
+    observed = hidden / hidden.sum(1, keepdims=True) * 1e4
+    lower, upper = (np.median(predicted.layers[k], axis=0) for k in ("lower", "upper"))
+    expressed = observed.mean(0) > 20  # of rare genes nearly every cell counts zero
+    inside = (observed >= lower) & (observed <= upper)
+    assert 0.8 < inside[:, expressed].mean() < 0.98
+    profile = log_mean_profile(hidden)
+    bounds = [predicted.varm[f"discover_mean_{k}"]["type_0"] for k in ("lower", "upper")]
+    assert 0.8 < ((profile >= bounds[0]) & (profile <= bounds[1])).mean() < 0.99
+
+
+def test_the_mean_over_predicted_cells_is_the_profile_that_is_reported(trained, source):
+    predicted = trained.predict_counterfactual(source, to="treat_1", n_samples=50)
+    reported = predicted.varm["discover_mean"]["type_0"]
+    np.testing.assert_allclose(log_mean_profile(predicted.X), reported, atol=0.05)
+
+
+def test_the_choice_and_its_cross_validated_scores_are_kept_with_the_model(
+    trained, source, tmp_path
+):
+    trained.predict_counterfactual(source, to="treat_1", n_samples=2)
+    choice = trained.counterfactual_choice_["ctrl"]
+    assert choice["n_groups"] == 3  # type_0 was never seen treated
+    scores = choice["lfc_r2_by_power"]
+    assert choice["power"] == max(scores, key=scores.get)
+    assert 0 < choice["mean_weight_of_observed_changes"] < 1
+    trained.save(tmp_path / "model", save_anndata=True)
+    assert DISCoVeR.load(tmp_path / "model").counterfactual_choice_ == {"ctrl": choice}
+
+
+def test_each_group_and_source_condition_has_a_profile_of_its_own(trained, simulated):
+    _, training, _ = simulated
+    predicted = trained.predict_counterfactual(training[:200].copy(), to="treat_1", n_samples=2)
+    names = list(predicted.varm["discover_mean"].columns)
+    assert {"type_1 from ctrl", "type_1 from treat_1"} <= set(names)
+    assert "type_0 from treat_1" not in names  # no such cells
+
+
+def test_a_group_that_was_never_seen_treated_has_low_support_and_warns(trained, simulated, source):
+    _, training, _ = simulated
+    with pytest.warns(UserWarning, match="median support of the source cells"):
+        low = trained.predict_counterfactual(source, to="treat_1", n_samples=2).obs["support"]
+    seen = (training.obs["cell_type"] == "type_1") & (training.obs["condition"] == "ctrl")
+    known = training[seen.to_numpy()].copy()
+    high = trained.predict_counterfactual(known, to="treat_1", n_samples=2).obs["support"]
+    assert low.between(0, 1).all()
+    assert low.mean() < 0.1 < 0.3 < high.mean()
+
+
+def test_a_group_that_was_seen_treated_is_predicted_as_it_was_observed(trained, simulated):
+    _, training, _ = simulated
+    known = training[(training.obs["cell_type"] == "type_1").to_numpy()]
+    control, treated = (
+        known[(known.obs["condition"] == c).to_numpy()] for c in ("ctrl", "treat_1")
+    )
+    predicted = log_mean_profile(trained.predict_counterfactual(control.copy(), to="treat_1").X)
+    true, base = log_mean_profile(treated.X), log_mean_profile(control.X)
+    assert r2_score(true - base, predicted - base) > 0.85
+
+
+def test_values_are_moved_by_adding_where_the_likelihood_is_normal(simulated):
+    """Log-normalised data: no library, and profiles are plain means."""
+    _, training, _ = simulated
+    logged = training.copy()
+    sc.pp.normalize_total(logged, target_sum=1e4)
+    sc.pp.log1p(logged)
+    model = train_small(
+        logged, {"labels_key": "cell_type"}, {"gene_likelihood": "normal"}, {"max_epochs": 30}
+    )
+    known = logged[(logged.obs["cell_type"] == "type_1").to_numpy()]
+    control, treated = (
+        known[(known.obs["condition"] == c).to_numpy()] for c in ("ctrl", "treat_1")
+    )
+    predicted = model.predict_counterfactual(control.copy(), to="treat_1")
+    true, base = (np.asarray(side.X.mean(0)).ravel() for side in (treated, control))
+    assert r2_score(true - base, predicted.X.mean(0) - base) > 0.7
+    np.testing.assert_allclose(
+        predicted.X.mean(0), predicted.varm["discover_mean"]["type_1"], atol=0.05
+    )
 
 
 def test_a_wider_interval_is_wider(trained, source):
@@ -128,7 +220,8 @@ def test_without_labels_clusters_of_z_serve(simulated, source):
     model = train_small(training, train={"max_epochs": 20})
     predicted = model.predict_counterfactual(source, to="treat_1", method="shift", n_samples=2)
     assert np.isfinite(predicted.X).all()
-    assert model.reference_["labels"] is None
+    centers = model.reference_["cluster_centers"]
+    assert set(model.reference_["groups"]) == {str(k) for k in range(len(centers))}
 
 
 def test_source_cells_of_several_conditions_are_each_moved_from_their_own(trained, simulated):

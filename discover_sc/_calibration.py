@@ -1,0 +1,128 @@
+"""Predicted cells agree in the mean with the best estimate of their group's profile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ._group_effects import GroupEffects
+
+PROFILE_LIBRARY = 1e4  # counts per cell on whose log1p group profiles are compared
+_ANCHOR_CELLS = 50  # source cells at which what they show of the decoder's error counts half
+
+
+@dataclass(frozen=True)
+class GroupMeans:
+    """Means over the source cells of one group, ``(n_genes,)`` each.
+
+    Parameters
+    ----------
+    observed
+        As counted, under the source condition.
+    decoded
+        As decoded under the source condition.
+    predicted
+        As decoded under the target condition.
+    n_cells
+        Number of these cells.
+    """
+
+    observed: np.ndarray
+    decoded: np.ndarray
+    predicted: np.ndarray
+    n_cells: int
+
+
+@dataclass(frozen=True)
+class GroupEstimate:
+    """Profile of a group under the target condition, and its standard error, ``(n_genes,)``."""
+
+    profile: np.ndarray
+    error: np.ndarray
+
+
+def anchored(means: GroupMeans) -> tuple[np.ndarray, np.ndarray]:
+    """Return source and target profile with what the decoder misses of the group added to both.
+
+    A decoder smooths, and misses part of what is particular to a group. The part is seen on the
+    source cells, never on treated ones, and shrunk by their number.
+    """
+    missed = means.n_cells / (means.n_cells + _ANCHOR_CELLS) * (means.observed - means.decoded)
+    return means.decoded + missed, means.predicted + missed
+
+
+def combine(means: GroupMeans, effects: GroupEffects | None, *, calibrate: bool) -> GroupEstimate:
+    """Weigh the model's estimate and the observed changes of like groups, gene by gene.
+
+    Parameters
+    ----------
+    means
+        Profiles of the source cells.
+    effects
+        Changes observed in other groups; None where no group was observed on both sides: then
+        the estimate is the model's and its error is not known (NaN).
+    calibrate
+        Otherwise the profile is the decoded one as it is.
+    """
+    base, profile = anchored(means)
+    if not calibrate:
+        base, profile = means.decoded, means.predicted
+    elif effects is not None:
+        profile = profile + effects.weight_beside() * (base + effects.change(base) - profile)
+    if effects is None:
+        return GroupEstimate(profile, np.full_like(profile, np.nan))
+    return GroupEstimate(profile, np.sqrt(effects.error_variance(profile, profile - base)))
+
+
+def closed(profile: np.ndarray) -> np.ndarray:
+    """Return a log1p profile whose counts per 10,000 are not negative and add up to 10,000."""
+    counts = np.expm1(profile).clip(min=0)
+    return np.log1p(counts * (PROFILE_LIBRARY / counts.sum()))
+
+
+class LogCalibration:
+    """Moves expression to group profiles that are log1p of mean counts per 10,000.
+
+    Of a gene that must rise, (1 + expression) is multiplied; of one that must fall, expression:
+    the mean over the cells is exact and nothing falls below zero.
+
+    Parameters
+    ----------
+    predicted, wanted
+        Present and wanted profiles of the groups, ``(n_groups, n_genes)``.
+    """
+
+    def __init__(self, predicted: Tensor, wanted: Tensor) -> None:
+        mean, wanted = torch.expm1(predicted), torch.expm1(wanted).clamp(min=0)
+        self._falls = wanted < mean
+        self._factor = torch.where(
+            self._falls, wanted / mean.clamp(min=1e-12), (1 + wanted) / (1 + mean)
+        )
+
+    def __call__(self, expression: Tensor, group: Tensor) -> Tensor:
+        """Return calibrated counts per 10,000, ``(n_cells, n_genes)``."""
+        factor = self._factor[group]
+        return torch.where(self._falls[group], expression * factor, (1 + expression) * factor - 1)
+
+
+class ShiftCalibration:
+    """Moves expression to group profiles that are plain means, by adding.
+
+    Parameters
+    ----------
+    predicted, wanted
+        Present and wanted profiles of the groups, ``(n_groups, n_genes)``.
+    """
+
+    def __init__(self, predicted: Tensor, wanted: Tensor) -> None:
+        self._shift = wanted - predicted
+
+    def __call__(self, expression: Tensor, group: Tensor) -> Tensor:
+        """Return calibrated values, ``(n_cells, n_genes)``."""
+        return expression + self._shift[group]

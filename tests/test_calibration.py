@@ -1,0 +1,79 @@
+import numpy as np
+import torch
+
+from discover_sc._calibration import (
+    GroupMeans,
+    LogCalibration,
+    ShiftCalibration,
+    anchored,
+    closed,
+    combine,
+)
+from discover_sc._group_effects import GroupEffects
+
+MEANS = GroupMeans(
+    observed=np.array([3.0, 1.0]),
+    decoded=np.array([2.0, 1.5]),
+    predicted=np.array([4.0, 1.0]),
+    n_cells=50,
+)
+
+
+def test_what_the_decoder_misses_is_added_to_both_sides_and_shrunk_by_the_cells():
+    base, model = anchored(MEANS)  # 50 cells: half of what is missed
+    np.testing.assert_allclose(base, [2.5, 1.25])
+    np.testing.assert_allclose(model, [4.5, 0.75])
+
+
+def test_without_observed_groups_the_estimate_is_the_models_and_its_error_unknown():
+    estimate = combine(MEANS, None, calibrate=True)
+    np.testing.assert_allclose(estimate.profile, [4.5, 0.75])
+    assert np.isnan(estimate.error).all()
+
+
+def test_without_calibration_the_profile_is_the_decoded_one():
+    estimate = combine(MEANS, None, calibrate=False)
+    np.testing.assert_array_equal(estimate.profile, MEANS.predicted)
+
+
+def test_observed_changes_and_the_model_are_weighed_gene_by_gene():
+    control = np.array([[2.0, 1.0], [2.5, 1.2], [2.2, 1.1]])
+    effects = GroupEffects(control, control + [[1.0, 0.5], [1.2, 0.5], [0.8, -0.5]])
+    estimate = combine(MEANS, effects, calibrate=True)
+    base, model = anchored(MEANS)
+    weight = effects.weight_beside()
+    expected = (1 - weight) * model + weight * (base + effects.change(base))
+    np.testing.assert_allclose(estimate.profile, expected)
+    assert weight[0] > weight[1]
+    assert (estimate.error > 0).all()
+
+
+def test_calibrated_cells_have_the_wanted_mean_and_none_is_negative():
+    torch.manual_seed(0)
+    expression = torch.rand(40, 3) * torch.tensor([10.0, 5.0, 1.0])
+    group = torch.arange(40) % 2
+    predicted = torch.stack([torch.log1p(expression[group == g].mean(0)) for g in (0, 1)])
+    wanted = torch.tensor([[3.0, 0.2, 1.0], [0.0, 2.0, 0.1]])
+    moved = LogCalibration(predicted, wanted)(expression, group)
+    assert (moved >= 0).all()
+    for g in (0, 1):
+        mean = moved[group == g].mean(0)
+        torch.testing.assert_close(torch.log1p(mean), wanted[g], atol=1e-5, rtol=1e-5)
+
+
+def test_a_wanted_mean_below_zero_counts_as_zero():
+    moved = LogCalibration(torch.ones(1, 1), -torch.ones(1, 1))(
+        torch.ones(2, 1), torch.zeros(2).long()
+    )
+    torch.testing.assert_close(moved, torch.zeros(2, 1))
+
+
+def test_plain_means_are_moved_by_adding():
+    calibrate = ShiftCalibration(torch.tensor([[1.0], [5.0]]), torch.tensor([[2.0], [4.0]]))
+    moved = calibrate(torch.tensor([[0.0], [7.0]]), torch.tensor([0, 1]))
+    torch.testing.assert_close(moved, torch.tensor([[1.0], [6.0]]))
+
+
+def test_a_closed_profile_adds_up_and_keeps_the_proportions_of_what_is_not_negative():
+    counts = np.expm1(closed(np.log1p([30.0, 10.0, -0.5])))
+    np.testing.assert_allclose(counts, [7500.0, 2500.0, 0.0])
