@@ -69,11 +69,20 @@ def test_profiles_of_the_baselines_are_those_of_the_public_functions(task, name)
 def test_cells_of_the_mean_shift_are_the_source_cells_moved_by_the_mean_change_of_the_logs(task):
     train, source = task
     _, changes = observed(train, lambda x: logs(x).mean(axis=0))
-    expected = np.maximum(
-        logs(source.X.toarray().astype(float)) + np.mean(list(changes.values()), axis=0), 0
-    )
+    expected = logs(source.X.toarray().astype(float)) + np.mean(list(changes.values()), axis=0)
     prediction = methods()["mean shift"](train, source, "treat_1", seed=0)
     np.testing.assert_allclose(prediction.layers["log_normalized"], expected)
+
+
+def test_of_many_source_cells_a_shift_moves_some_and_its_profile_is_of_all(task, monkeypatch):
+    train, source = task
+    every = methods()["mean shift"](train, source, "treat_1", seed=0)
+    monkeypatch.setattr("discover_sc.evaluation._rivals._MAX_MOVED", 10)
+    some = methods()["mean shift"](train, source, "treat_1", seed=0)
+    assert some.n_obs == len(set(some.obs_names)) == 10
+    np.testing.assert_array_equal(profile(some), profile(every))
+    same = every[some.obs_names].layers["log_normalized"]
+    np.testing.assert_array_equal(some.layers["log_normalized"], same)
 
 
 def test_expected_expression_of_a_shift_has_its_profile(task):
@@ -167,8 +176,9 @@ def test_the_linear_model_is_the_ridge_regression_of_its_formula(task):
     np.testing.assert_allclose(profile(prediction), np.maximum(expected, 0), atol=1e-6)
 
 
-def test_the_linear_model_of_two_groups_is_nearly_their_mean_shift():
-    full = simulate(300, 60, n_types=3, seed=0)
+@pytest.mark.parametrize("n_types", [2, 3])
+def test_the_linear_model_of_one_or_two_groups_is_nearly_their_mean_shift(n_types):
+    full = simulate(300, 60, n_types=n_types, seed=0)
     train = full[~DESIGN.cells_of(full, "type_0", "treat_1")].copy()
     source = full[DESIGN.cells_of(full, "type_0", "ctrl")].copy()
     linear, mean = (

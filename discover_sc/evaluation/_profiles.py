@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
-from sklearn.utils.sparsefuncs import inplace_row_scale
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 TARGET_SUM = 1e4
-_CHUNK = 10_000  # cells that are dense at once
 
 
 def normalized(expression: ArrayLike | sp.spmatrix) -> np.ndarray:
@@ -42,22 +40,25 @@ def log_mean_profile(expression: ArrayLike | sp.spmatrix) -> np.ndarray:
     >>> log_mean_profile([[1.0, 1.0], [3.0, 1.0]]).round(2)
     array([8.74, 8.23])
     """
-    if not sp.issparse(expression):
-        expression = np.asarray(expression)
-    n_cells = expression.shape[0]
-    chunks = (expression[start : start + _CHUNK] for start in range(0, n_cells, _CHUNK))
-    return np.log1p(sum(normalized(cells).sum(axis=0) for cells in chunks) / n_cells)
+    if sp.issparse(expression):
+        return np.log1p(np.asarray(_sparse_normalized(expression).mean(axis=0)).ravel())
+    return np.log1p(normalized(expression).mean(axis=0))
 
 
 def log_normalized(counts: ArrayLike | sp.spmatrix) -> np.ndarray | sp.csr_matrix:
     """Return log1p of the counts per 10,000 of each cell; sparse counts stay sparse."""
-    if not sp.issparse(counts):
-        return np.log1p(normalized(counts))
+    if sp.issparse(counts):
+        return _sparse_normalized(counts).log1p()
+    return np.log1p(normalized(counts))
+
+
+def _sparse_normalized(counts: sp.spmatrix) -> sp.csr_matrix:
+    """Return counts per 10,000 of each cell; the same numbers as of a dense array."""
     cells = sp.csr_matrix(counts, dtype=np.float64, copy=True)
+    cells.eliminate_zeros()  # of cells without counts, which would be divided by 0
     totals = np.asarray(cells.sum(axis=1)).ravel()
-    scale = np.divide(TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
-    inplace_row_scale(cells, scale)
-    return cells.log1p()
+    cells.data = cells.data / np.repeat(totals, np.diff(cells.indptr)) * TARGET_SUM
+    return cells
 
 
 def mean_shift(control: ArrayLike, changes: Mapping[str, ArrayLike]) -> np.ndarray:

@@ -30,6 +30,7 @@ BASELINES = ("mean shift", "nearest type's shift")
 
 _N_COMPONENTS = 10
 _CELLS_PER_GROUP = 500  # for the axes of the PCA; the scores are of all cells
+_MAX_MOVED = 5000  # source cells that a shift moves one by one; its profile is of all
 _PENALTIES = np.logspace(-3, 3, 13)
 _N_SAMPLES = 25  # posterior draws that SCVI's expected expression averages
 
@@ -219,16 +220,19 @@ def _shifted(
     target: str,
     seed: int,
 ) -> ad.AnnData:
-    """Predict the source plus a weighted mean of the other groups' changes, not below 0.
+    """Predict the source plus a weighted mean of the other groups' changes.
 
-    The profile moves by changes of profiles; each cell, log1p of its counts per 10,000, by
-    changes of the mean over cells of the same.
+    The profile moves by changes of profiles, not below 0; each cell, log1p of its counts per
+    10,000, by changes of the mean over cells of the same, and is not clipped, which would move
+    the mean of the cells.
     """
     others = _OtherGroups(design, train, target)
     weights = weights_of(others, source, seed)
     profile = log_mean_profile(source.X) + weights @ others.changes(log_mean_profile)
+    if source.n_obs > _MAX_MOVED:
+        source = source[np.random.default_rng(seed).permutation(source.n_obs)[:_MAX_MOVED]]
     cells = _dense(log_normalized(source.X)) + weights @ others.changes(_mean_log)
-    profile, cells = (np.clip(values, 0, None) for values in (profile, cells))
+    profile = np.clip(profile, 0, None)
     prediction = _as_cells(np.tile(np.expm1(profile).astype(np.float32), (len(cells), 1)), source)
     prediction.var[LOG_PROFILE] = profile
     prediction.layers[LOG_CELLS] = cells
@@ -260,7 +264,8 @@ def _linear_weights(others: _OtherGroups, source: ad.AnnData, seed: int) -> np.n
         penalty = RidgeCV(_PENALTIES).fit(scores, others.changes(log_mean_profile)).alpha_
     # the prediction is linear in the changes: regressing the groups' indicators gives the weights
     indicators = Ridge(penalty).fit(scores, np.eye(len(scores)))
-    return indicators.predict((axes.transform(_mean_log(source.X)[None]) - center) / scale)[0]
+    position = (axes.transform(_mean_log(source.X)[None]) - center) / scale
+    return np.ravel(indicators.predict(position))
 
 
 def _mean_log(counts: np.ndarray | sp.spmatrix) -> np.ndarray:
