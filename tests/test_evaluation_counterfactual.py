@@ -15,6 +15,7 @@ from discover_sc.evaluation import (
     split_half_ceiling,
     top_genes,
 )
+from discover_sc.evaluation._profiles import log_normalized
 
 SCORES = ["r2", "r2_top", "lfc_r2", "lfc_r2_top", "lfc_pearson", "direction_match"]
 ROWS = ["prediction", "no change", "mean shift", "nearest type's shift", "split-half ceiling"]
@@ -71,6 +72,14 @@ def test_a_cell_without_counts_has_no_expression():
     np.testing.assert_allclose(log_mean_profile([[0, 0], [1, 1]]), np.log([2501.0, 2501.0]))
 
 
+def test_logs_of_sparse_counts_are_those_of_dense_counts_to_the_last_bit(group):
+    counts = np.vstack([group[0], np.zeros(60, dtype=int)])
+    sparse = sp.csr_matrix(counts)
+    sparse.data[0] = 0  # a zero that is stored
+    counts[0, sparse.indices[0]] = 0
+    np.testing.assert_array_equal(log_normalized(sparse).toarray(), log_normalized(counts))
+
+
 # --------------------------------------------------------------------------- top genes
 
 
@@ -80,6 +89,14 @@ def test_top_genes_have_the_largest_t_statistics_of_scipy(group):
     expected = sorted(range(60), key=lambda g: -abs(statistic[g]))
     assert top_genes(*group, n_top=10).tolist() == expected[:10]
     assert len(top_genes(*group)) == 20
+
+
+def test_more_genes_than_are_dense_at_once_have_the_same_scores(group, monkeypatch):
+    predicted = log_mean_profile(group[0]) + np.random.default_rng(0).normal(0, 0.3, 60)
+    expected = counterfactual_scores(predicted, *group)
+    monkeypatch.setattr("discover_sc.evaluation._counterfactual._GENES_AT_ONCE", 7)
+    for cells in (group, map(sp.csr_matrix, group)):
+        assert counterfactual_scores(predicted, *cells) == pytest.approx(expected)
 
 
 def test_top_genes_are_the_moved_ones():

@@ -5,7 +5,12 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from discover_sc.plotting import counterfactual_scatter, latent_scatter, training_curves
+from discover_sc.plotting import (
+    counterfactual_scatter,
+    latent_scatter,
+    plot_counterfactual_benchmark,
+    training_curves,
+)
 
 matplotlib.use("Agg")
 
@@ -31,14 +36,30 @@ def drawn_points(ax):
     return sorted(zip(map(tuple, points), colors, strict=True))
 
 
+def benchmark_table(scores, metric="lfc_r2"):
+    """Rows of a benchmark's table from ``{method: {(group, seed): score}}``."""
+    return pd.DataFrame(
+        {"target": "stim", "group": group, "method": method, "seed": seed, "metric": metric}
+        | {"score": score}
+        for method, by_group in scores.items()
+        for (group, seed), score in by_group.items()
+    )
+
+
 EVERY_PLOT = pytest.mark.parametrize(
     "draw",
     [
         lambda ax: latent_scatter([[0.0, 0.0], [1.0, 2.0]], ["a", "b"], ax=ax),
         lambda ax: counterfactual_scatter([0.0, 1.0], [0.5, 1.0], ax=ax),
         lambda ax: training_curves({"kl_z_train": pd.DataFrame({"kl_z_train": [1.0]})}, "kl_z", ax),
+        lambda ax: plot_counterfactual_benchmark(benchmark_table({"a": {("B", 0): 0.5}}), ax),
     ],
-    ids=["latent_scatter", "counterfactual_scatter", "training_curves"],
+    ids=[
+        "latent_scatter",
+        "counterfactual_scatter",
+        "training_curves",
+        "plot_counterfactual_benchmark",
+    ],
 )
 
 
@@ -142,6 +163,57 @@ def test_counterfactual_scatter_emphasises_the_top_genes(named):
     assert [text.get_text() for text in ax.texts] == (["C", "B"] if named else [])
     if named:
         assert ax.texts[0].xy == (-1.5, -2.0)
+
+
+# --------------------------------------------------------------------------- benchmark
+
+
+def offsets(collection):
+    return np.asarray(collection.get_offsets()).round(6).tolist()
+
+
+def test_benchmark_draws_means_over_seeds_of_each_group_and_a_bar_at_their_mean():
+    better = {("B", 0): 0.6, ("B", 1): 0.8, ("T", 0): 0.1, ("T", 1): 0.3}
+    ax = plot_counterfactual_benchmark(
+        benchmark_table({"good": better, "bad": {("B", 0): -0.5, ("T", 0): float("nan")}})
+    )
+    points, bars = ax.collections
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["bad", "good"]  # upwards
+    assert sorted(offsets(points)) == [[-0.5, 0.15], [0.2, 1.15], [0.7, 1.15]]
+    assert sorted(offsets(bars)) == [[-0.5, 0.15], [0.45, 1.15]]
+    assert sorted(line.get_xdata()[0] for line in ax.get_lines()) == [0, 1]
+    assert ax.get_xlabel() == "(value - better baseline) / (ceiling - better baseline)"
+    (top,) = ax.child_axes
+    assert [tick.get_text() for tick in top.get_xticklabels()] == ["better baseline", "ceiling"]
+
+
+def test_benchmark_draws_all_genes_above_the_top_genes_in_another_colour():
+    tables = [
+        benchmark_table({"a": {("B", 0): score}}, metric)
+        for metric, score in (("lfc_r2", 0.6), ("lfc_r2_top20", 0.2), ("lfc_pearson", 0.9))
+    ]
+    ax = plot_counterfactual_benchmark(pd.concat(tables))
+    every_gene, _, top, _ = ax.collections
+    assert (offsets(every_gene), offsets(top)) == ([[0.6, 0.15]], [[0.2, -0.15]])
+    colors = {to_hex(collection.get_facecolors()[0]) for collection in (every_gene, top)}
+    assert colors == {"#0072b2", "#d55e00"}
+    assert legend_texts(ax) == [
+        "R2 of the log fold change, all genes",
+        "R2 of the log fold change, top 20 genes",
+    ]
+
+
+def test_benchmark_keeps_scores_far_below_the_baseline_at_the_left_end():
+    ax = plot_counterfactual_benchmark(benchmark_table({"a": {("B", 0): -70.0, ("T", 0): 0.5}}))
+    inside, far, bars = ax.collections
+    assert (offsets(inside), offsets(far)) == ([[0.5, 0.15]], [[-2.0, 0.15]])
+    assert offsets(bars) == [[-2.0, 0.15]]
+
+
+def test_benchmark_without_scores_is_refused():
+    table = benchmark_table({"a": {("B", 0): 0.5}}, "e_distance")
+    with pytest.raises(ValueError, match=r"table has no score .*\['e_distance'\]. Pass the result"):
+        plot_counterfactual_benchmark(table)
 
 
 # ---------------------------------------------------------------------------- training

@@ -11,41 +11,15 @@ import scipy.sparse as sp
 from scipy.stats import false_discovery_control, pearsonr, ttest_ind
 from sklearn.metrics import r2_score
 
+from ._profiles import log_mean_profile, log_normalized, mean_shift, nearest_shift, normalized
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import ArrayLike
 
-_TARGET_SUM = 1e4
 _FDR = 0.05
-
-
-def _normalized(expression: ArrayLike | sp.spmatrix) -> np.ndarray:
-    """Return counts per 10,000 of each cell as a dense array; cells without counts stay zero."""
-    dense = expression.toarray() if sp.issparse(expression) else np.asarray(expression)
-    dense = dense.astype(np.float64)
-    totals = dense.sum(axis=1, keepdims=True)
-    return np.divide(dense, totals, out=np.zeros_like(dense), where=totals > 0) * _TARGET_SUM
-
-
-def log_mean_profile(expression: ArrayLike | sp.spmatrix) -> np.ndarray:
-    """Profile of a group of cells: log1p of the mean of its counts per 10,000.
-
-    Parameters
-    ----------
-    expression
-        Counts or expected expression, not negative, shape ``(n_cells, n_genes)``.
-
-    Returns
-    -------
-    Shape ``(n_genes,)``, natural logarithm.
-
-    Examples
-    --------
-    >>> log_mean_profile([[1.0, 1.0], [3.0, 1.0]]).round(2)
-    array([8.74, 8.23])
-    """
-    return np.log1p(_normalized(expression).mean(axis=0))
+_GENES_AT_ONCE = 200  # genes that are dense at once
 
 
 def top_genes(
@@ -77,7 +51,17 @@ def _t_test(
     treated: ArrayLike | sp.spmatrix, control: ArrayLike | sp.spmatrix
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return t and p per gene; genes without variance get t = 0 and p = 1."""
-    treated, control = np.log1p(_normalized(treated)), np.log1p(_normalized(control))
+    sides = [log_normalized(cells) for cells in (treated, control)]
+    sides = [cells.tocsc() if sp.issparse(cells) else cells for cells in sides]
+    results = []
+    for start in range(0, treated.shape[1], _GENES_AT_ONCE):
+        block = [cells[:, start : start + _GENES_AT_ONCE] for cells in sides]
+        results.append(_t_test_dense(*(b.toarray() if sp.issparse(b) else b for b in block)))
+    statistic, p_value = (np.concatenate(parts) for parts in zip(*results, strict=True))
+    return statistic, p_value
+
+
+def _t_test_dense(treated: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     moving = (np.ptp(treated, axis=0) > 0) | (np.ptp(control, axis=0) > 0)
     statistic, p_value = np.zeros(treated.shape[1]), np.ones(treated.shape[1])
     with warnings.catch_warnings():
@@ -141,6 +125,68 @@ def direction_match(
     return float(match.mean())
 
 
+def top_overlap(predicted_change: ArrayLike, true_change: ArrayLike, n_top: int = 50) -> float:
+    """Share of the most changed genes that are also predicted to be the most changed.
+
+    Parameters
+    ----------
+    predicted_change, true_change
+        Treated profile minus control profile, shape ``(n_genes,)``; the most changed genes are
+        those of the largest absolute change, on both sides.
+    n_top
+        Number of genes on each side.
+
+    Returns
+    -------
+    In [0, 1], higher is better; NaN where a change is constant and ranks nothing.
+
+    Examples
+    --------
+    >>> top_overlap([3.0, -2.0, 0.1], [-1.0, 0.2, 5.0], n_top=2)
+    0.5
+    """
+    changes = np.abs(np.asarray(predicted_change)), np.abs(np.asarray(true_change))
+    if any(np.ptp(change) == 0 for change in changes):
+        return float("nan")
+    predicted, true = (np.argsort(-change, kind="stable")[:n_top] for change in changes)
+    return len(np.intersect1d(predicted, true)) / len(true)
+
+
+def interval_coverage(lower: ArrayLike, upper: ArrayLike, observed: ArrayLike) -> float:
+    """Share of genes whose observed value lies in its predicted interval, ends included.
+
+    Parameters
+    ----------
+    lower, upper
+        Ends of the interval of each gene, shape ``(n_genes,)``; for group means on the scale of
+        :func:`log_mean_profile`.
+    observed
+        Observed value of each gene on the same scale, shape ``(n_genes,)``.
+
+    Returns
+    -------
+    In [0, 1]; right where it is the nominal level of the interval.
+
+    Raises
+    ------
+    ValueError
+        If a lower end is above its upper end, or an end is NaN.
+
+    Examples
+    --------
+    >>> interval_coverage([0.0, 0.0], [1.0, 1.0], [0.5, 2.0])
+    0.5
+    """
+    lower, upper, observed = (np.asarray(values) for values in (lower, upper, observed))
+    if not (lower <= upper).all():
+        raise ValueError(
+            f"{np.count_nonzero(~(lower <= upper))} of {len(lower)} intervals have a lower end "
+            "that is above the upper end, or NaN; each needs lower <= upper. Check which of the "
+            "two is which."
+        )
+    return float(((lower <= observed) & (observed <= upper)).mean())
+
+
 def counterfactual_scores(
     predicted: ArrayLike,
     treated: ArrayLike | sp.spmatrix,
@@ -178,11 +224,11 @@ def counterfactual_scores(
     1.0
     """
     base = log_mean_profile(control)
-    genes = _gene_sets(treated, control, n_top)
+    genes = gene_sets(treated, control, n_top)
     return _profile_scores(np.asarray(predicted), log_mean_profile(treated), base, *genes)
 
 
-def _gene_sets(
+def gene_sets(
     treated: ArrayLike | sp.spmatrix, control: ArrayLike | sp.spmatrix, n_top: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the top genes and the mask of the significant ones."""
@@ -208,52 +254,21 @@ def _profile_scores(
     }
 
 
-def mean_shift(control: ArrayLike, changes: Mapping[str, ArrayLike]) -> np.ndarray:
-    """Baseline: the control profile plus the mean change of the other groups.
-
-    Parameters
-    ----------
-    control
-        Control profile of the group, shape ``(n_genes,)``.
-    changes
-        Observed change of each other group, shape ``(n_genes,)`` each.
-
-    Returns
-    -------
-    Predicted profile, not below 0, shape ``(n_genes,)``.
-
-    Examples
-    --------
-    >>> mean_shift([1.0, 2.0], {"a": [1.0, 0.0], "b": [2.0, -5.0]})
-    array([2.5, 0. ])
-    """
-    return np.clip(np.asarray(control) + np.mean(list(changes.values()), axis=0), 0, None)
-
-
-def nearest_shift(
-    control: ArrayLike, changes: Mapping[str, ArrayLike], controls: Mapping[str, ArrayLike]
-) -> np.ndarray:
-    """Baseline: the control profile plus the change of the group with the nearest control.
-
-    Parameters
-    ----------
-    control
-        Control profile of the group, shape ``(n_genes,)``.
-    changes, controls
-        Observed change and control profile of each other group, shape ``(n_genes,)`` each.
-
-    Returns
-    -------
-    Predicted profile, not below 0, shape ``(n_genes,)``.
-
-    Examples
-    --------
-    >>> controls = {"near": [1.0, 2.5], "far": [9.0, 9.0]}
-    >>> nearest_shift([1.0, 2.0], {"near": [1.0, 0.0], "far": [5.0, 5.0]}, controls)
-    array([2., 2.])
-    """
-    nearest = min(changes, key=lambda g: np.linalg.norm(np.asarray(controls[g]) - control))
-    return np.clip(np.asarray(control) + np.asarray(changes[nearest]), 0, None)
+def change_scores(
+    change: np.ndarray, true_change: np.ndarray, ranking: np.ndarray, significant: np.ndarray
+) -> dict[str, float]:
+    """Return the benchmark's scores of a change; ``ranking`` has the top genes first."""
+    scores = {
+        "lfc_r2": float(r2_score(true_change, change)),
+        "lfc_pearson": change_pearson(change, true_change),
+    }
+    for n_top in (20, 50):
+        top = ranking[:n_top]
+        scores[f"lfc_r2_top{n_top}"] = float(r2_score(true_change[top], change[top]))
+        scores[f"lfc_pearson_top{n_top}"] = change_pearson(change[top], true_change[top])
+    scores["direction_match"] = direction_match(change, true_change, significant)
+    scores["top50_overlap"] = top_overlap(change, true_change, 50)
+    return scores
 
 
 def split_half_ceiling(
@@ -300,8 +315,8 @@ def split_half_ceiling(
             "treated cells. Evaluate a group with more of them."
         )
     rng = np.random.default_rng(seed)
-    base, genes = log_mean_profile(control), _gene_sets(treated, control, n_top)
-    treated = _normalized(treated)
+    base, genes = log_mean_profile(control), gene_sets(treated, control, n_top)
+    treated = normalized(treated)
     splits = []
     for _ in range(n_splits):
         order = rng.permutation(len(treated))

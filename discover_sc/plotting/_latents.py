@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 # Okabe and Ito's palette, which survives colour blindness
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 _MARKERS = ("o", "^", "s", "D", "v", "P")
 
 
@@ -62,13 +62,13 @@ def latent_scatter(
     # one draw in random order, so that no class covers the others
     order = np.random.default_rng(0).permutation(len(target))
     classes, codes = np.unique(target, return_inverse=True)
-    for start in range(0, len(classes), len(_PALETTE)):
-        marker = _MARKERS[start // len(_PALETTE) % len(_MARKERS)]
-        shown = order[(codes[order] >= start) & (codes[order] < start + len(_PALETTE))]
-        colors = [_PALETTE[c % len(_PALETTE)] for c in codes[shown]]
+    for start in range(0, len(classes), len(PALETTE)):
+        marker = _MARKERS[start // len(PALETTE) % len(_MARKERS)]
+        shown = order[(codes[order] >= start) & (codes[order] < start + len(PALETTE))]
+        colors = [PALETTE[c % len(PALETTE)] for c in codes[shown]]
         ax.scatter(*embedding[shown].T, s=6, c=colors, marker=marker, linewidths=0, alpha=0.8)
-        for code, name in enumerate(classes[start : start + len(_PALETTE)]):
-            ax.scatter([], [], s=20, c=_PALETTE[code], marker=marker, label=name)
+        for code, name in enumerate(classes[start : start + len(PALETTE)]):
+            ax.scatter([], [], s=20, c=PALETTE[code], marker=marker, label=name)
     ax.set(title=title, xlabel=f"{axis_name} 1", ylabel=f"{axis_name} 2", xticks=[], yticks=[])
     ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax

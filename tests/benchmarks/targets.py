@@ -1,8 +1,8 @@
-"""Measure invariance, conservation, counterfactuals and speed, beside their baselines.
+"""Measure invariance, conservation and speed, beside their baselines.
 
     DISCOVER_SC_DATA=FOLDER python tests/benchmarks/targets.py PART [--seeds 3]
 
-PART is one of: invariance, counterfactual, variants, composition, cytokines, speed. Default
+PART is one of: invariance, variants, composition, cytokines, speed. Default
 arguments of the package throughout, unless the row says otherwise; each part prints a table.
 """
 
@@ -108,35 +108,6 @@ def cytokines(seeds):
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def counterfactual(seeds):
-    adata = kang()
-    cell_type, condition = (adata.obs[c].astype(str) for c in ("cell_type", "condition"))
-
-    def counts(group, level):
-        return adata[((cell_type == group) & (condition == level)).to_numpy()].X
-
-    rows = {}
-    types = sorted(cell_type.unique())
-    for seed in range(seeds):
-        for held_out in types:
-            hidden = ((cell_type == held_out) & (condition == "stim")).to_numpy()
-            model = fit(adata[~hidden], seed, {"labels_key": "cell_type"})
-            source = adata[((cell_type == held_out) & (condition == "ctrl")).to_numpy()].copy()
-            predicted = model.predict_counterfactual(source, to="stim")
-            others = {t: (counts(t, "ctrl"), counts(t, "stim")) for t in types if t != held_out}
-            table = evaluation.counterfactual_table(
-                predicted.X, counts(held_out, "stim"), source.X, others
-            )
-            for method, scores in table.iterrows():
-                rows[method, held_out, seed] = scores
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index.names = ["method", "held out", "seed"]
-    print(table.loc["prediction"].round(3).to_string())
-    by_seed = table.groupby(["method", "seed"]).mean()
-    print(by_seed.loc["prediction"].round(3).to_string())
-    return by_seed.groupby("method").mean()
-
-
 def speed(repetitions):
     """Epochs of both models in turn, in one process: 20,000 cells x 2,000 genes, 8 % non-zero."""
     adata = simulate(20_000, 2_000, mean_library_size=800.0, seed=0)
@@ -158,7 +129,7 @@ def speed(repetitions):
     return table.describe().loc[["min", "50%", "max"]]
 
 
-PARTS = (invariance, counterfactual, variants, composition, cytokines, speed)
+PARTS = (invariance, variants, composition, cytokines, speed)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
