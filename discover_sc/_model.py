@@ -19,6 +19,7 @@ from scvi.data.fields import (
 )
 from scvi.model.base import BaseModelClass
 
+from ._effects import EffectsMixin
 from ._keys import CONDITION_KEY
 from ._module import DiscoverVAE
 from ._readout import ReadoutMixin
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
-class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
+class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
     """What a cell is whatever was done to it (z), and what was done to it (w).
 
     Variational learning of disentangled representations :cite:p:`Slavutsky2025`: two latents, two
