@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scvi import settings
 
-from ._counterfactual import Neighbors, Reference, cluster_groups
+from ._counterfactual import Neighbors
 from ._effect_tables import (
     LIBRARY,
     Sums,
@@ -20,10 +20,10 @@ from ._effect_tables import (
     root_mean_square_change,
 )
 from ._expression import expression_of
-from ._keys import CONDITION_KEY, LIBRARY_KEY, QW_KEY, QZ_KEY
+from ._keys import LIBRARY_KEY, QW_KEY, QZ_KEY
 from ._prediction import _batches, _move, _own_copy, _target_levels
 from ._readout import _UNTRAINED
-from ._training import _at_most
+from ._sham import Pool, level_names, pools
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from ._model import DISCoVeR
 
-_MAX_SHAM_CELLS = 2000  # of each group, as many as the reference keeps
 _MIN_GROUP_CELLS = 5  # treated cells of a group below which its change is that of others
 
 
@@ -121,7 +120,7 @@ class EffectsMixin:
         ------
         ValueError
             If a level or key is unknown, ``to`` and ``from_`` name different keys, a cell is
-            under neither or none under ``from_``, or a number is out of range.
+            under neither or fewer than 2 are under ``from_``, or a number is out of range.
         RuntimeError
             If the model is not trained.
         """
@@ -136,9 +135,9 @@ class EffectsMixin:
             rng = np.random.default_rng(seed)
             with torch.random.fork_rng(), torch.inference_mode():
                 torch.manual_seed(seed)
-                real, sham = _pools(self, source, cells, target, origin, batch_size)
+                real, sham, groups = pools(self, source, cells, target, origin, batch_size)
                 ways = _fit_ways(real, sham, n_samples, n_sham, rng)
-                sums = _compare(self, source, cells, sham.groups, ways, batch_size)
+                sums = _compare(self, source, cells, groups, ways, batch_size)
             n_learned_from = real.n_cells_of(sums.group_names)
             _warn_of_unseen(sums.group_names, n_learned_from[1])
             return TreatmentEffect(
@@ -178,12 +177,12 @@ def _source_cells(
     is_source, is_target = (
         (codes[:, list(side)] == list(side.values())).all(axis=1) for side in (origin, target)
     )
-    levels = {list(model.conditions)[key]: _level(model, key, origin[key]) for key in origin}
+    levels = level_names(model, origin)
     n_others = (~is_source & ~is_target).sum()
-    if n_others or not is_source.any():
+    if n_others or is_source.sum() < 2:
         raise ValueError(
             f"adata holds {is_source.sum()} cells under from_={levels} and {n_others} that are "
-            "neither under it nor under the condition asked about; at least one of the former and "
+            "neither under it nor under the condition asked about; at least 2 of the former and "
             "none of the latter are accepted. Select the cells under from_."
         )
     n_treated = (~is_source).sum()
@@ -195,10 +194,6 @@ def _source_cells(
             stacklevel=settings.warnings_stacklevel,
         )
     return np.flatnonzero(is_source)
-
-
-def _level(model: DISCoVeR, key: int, code: int) -> str:
-    return list(model.conditions.values())[key][code]
 
 
 def _warn_of_unseen(names: np.ndarray, n_treated: np.ndarray) -> None:
@@ -214,132 +209,6 @@ def _warn_of_unseen(names: np.ndarray, n_treated: np.ndarray) -> None:
         )
 
 
-# ----------------------------------------------------------------------- references
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """Cells of both sides of a comparison, from which references are drawn.
-
-    Under a sham treatment there is one set of cells: each may be drawn for either side, with the
-    w that it has there.
-    """
-
-    z: np.ndarray
-    w_source: np.ndarray
-    w_target: np.ndarray
-    is_source: np.ndarray
-    is_target: np.ndarray
-    groups: np.ndarray
-    is_sham: bool
-
-    def whole(self) -> Reference:
-        """Return all cells of both sides."""
-        return self._reference(self.is_source, self.is_target)
-
-    def half(self, rng: np.random.Generator) -> Reference:
-        """Return a random half of each side; under a sham treatment, two halves of the cells."""
-        half = self._half_of(self.is_source, rng)
-        rest = self.is_source & ~half if self.is_sham else self._half_of(self.is_target, rng)
-        return self._reference(half, rest)
-
-    def _half_of(self, side: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return every other cell, in random order, group after group."""
-        cells = rng.permutation(np.flatnonzero(side))
-        _, codes = np.unique(self.groups[cells], return_inverse=True)
-        half = np.zeros_like(side)
-        half[cells[np.argsort(codes, kind="stable")][::2]] = True
-        return half
-
-    def _reference(self, is_source: np.ndarray, is_target: np.ndarray) -> Reference:
-        w = np.where(is_target[:, None], self.w_target, self.w_source)
-        return Reference(self.z, w, is_source, is_target, self.groups)
-
-    def subset(self, cells: np.ndarray) -> _Pool:
-        """Return some of the cells."""
-        arrays = (self.z, self.w_source, self.w_target, self.is_source, self.is_target, self.groups)
-        return _Pool(*(array[cells] for array in arrays), self.is_sham)
-
-    def n_cells_of(self, groups: np.ndarray) -> np.ndarray:
-        """Return the number of cells of each group on either side, ``(2, n_groups)``."""
-        share = 2 if self.is_sham else 1
-        return np.stack(
-            [
-                [(side & (self.groups == group)).sum() / share for group in groups]
-                for side in (self.is_source, self.is_target)
-            ]
-        )
-
-
-def _pools(
-    model: DISCoVeR,
-    source: AnnData,
-    cells: np.ndarray,
-    target: dict[int, int],
-    origin: dict[int, int],
-    batch_size: int | None,
-) -> tuple[_Pool, _Pool]:
-    """Return what the effect is learned from, and the source cells as their own sham treatment.
-
-    Sham-treated cells are source cells that carry the label of the target: their counts are
-    untreated, so that whatever then moves in w is the label's doing and not the treatment's.
-    """
-    z, w, w_relabelled = _encode(model, source, cells, target, batch_size)
-    of_reference, of_source = _groups(model, source, cells, z)
-    every = np.full(len(cells), True)
-    sham = _Pool(z, w, w_relabelled, every, every, of_source, is_sham=True)
-    if target == origin:
-        return sham, sham
-    trained = model.reference_
-    sides = [
-        (trained["condition_codes"][:, list(side)] == list(side.values())).all(axis=1)
-        for side in (origin, target)
-    ]
-    for side, levels in zip(sides, (origin, target), strict=True):
-        if side.sum() < 2:
-            raise ValueError(
-                f"The model was set up with {side.sum()} cells under "
-                f"{[_level(model, *item) for item in levels.items()]}; an effect is learned from "
-                "at least 2 on each side. Ask for one key at a time."
-            )
-    real = _Pool(trained["z"], trained["w"], trained["w"], *sides, of_reference, is_sham=False)
-    return real, sham
-
-
-def _encode(
-    model: DISCoVeR,
-    source: AnnData,
-    cells: np.ndarray,
-    target: dict[int, int],
-    batch_size: int | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return z, w, and w as if the same counts were under the target, posterior means."""
-    parts = []
-    for _, tensors, outputs in _batches(model, source, cells, batch_size):
-        condition = tensors[CONDITION_KEY].clone()
-        condition[:, list(target)] = torch.as_tensor(
-            list(target.values()), dtype=condition.dtype, device=condition.device
-        )
-        relabelled = model.module.posterior({**tensors, CONDITION_KEY: condition}, "w")
-        latents = (outputs[QZ_KEY].loc, outputs[QW_KEY].loc, relabelled.loc)
-        parts.append([latent.cpu().numpy() for latent in latents])
-    return tuple(np.concatenate(latent) for latent in zip(*parts, strict=True))
-
-
-def _groups(
-    model: DISCoVeR, source: AnnData, cells: np.ndarray, z: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the groups of reference and of source cells: labels, or clusters of z."""
-    labels = model.reference_["labels"]
-    if labels is not None:
-        return labels, source.obs[model.labels_key].astype(str).to_numpy(dtype=str)[cells]
-    clusters = cluster_groups(model.reference_["z"])
-    return tuple(
-        np.array([f"cluster_{code}" for code in codes])
-        for codes in (clusters.labels_, clusters.predict(z))
-    )
-
-
 # ----------------------------------------------------------------------------- ways
 
 
@@ -353,13 +222,9 @@ class _Ways:
 
 
 def _fit_ways(
-    real: _Pool, sham: _Pool, n_samples: int, n_sham: int, rng: np.random.Generator
+    real: Pool, sham: Pool, n_samples: int, n_sham: int, rng: np.random.Generator
 ) -> _Ways:
     """Fit on all cells, on random halves of them, and on sham treatments."""
-    kept = _at_most(_MAX_SHAM_CELLS, sham.groups[:, None])
-    sham = sham.subset(kept)
-    if real.is_sham:
-        real = sham
     return _Ways(
         point=Neighbors().fit(real.half(rng) if real.is_sham else real.whole()),
         draws=[Neighbors().fit(real.half(rng)) for _ in range(n_samples)],

@@ -98,7 +98,9 @@ def test_standard_deviation_is_that_of_means_of_drawn_counts():
     n_cells = {"a": 10, "b": 30}
 
     def drawn(side, n):
-        means = [rng.poisson(n[k] * side[g] / 5, (20_000, 2)) * 5 / n[k] for k, g in enumerate("ab")]
+        means = [
+            rng.poisson(n[k] * side[g] / 5, (20_000, 2)) * 5 / n[k] for k, g in enumerate("ab")
+        ]
         return (n_cells["a"] * means[0] + n_cells["b"] * means[1]) / 40
 
     ratio = (drawn(after, n_learned_from[1]) + 0.1) / (drawn(before, n_learned_from[0]) + 0.1)

@@ -6,7 +6,7 @@ from fitting import train_small
 from sklearn.metrics import roc_auc_score
 
 from discover_sc import DISCoVeR, TreatmentEffect
-from discover_sc._effects import _Pool
+from discover_sc._sham import Pool
 from discover_sc.data import simulate
 
 
@@ -83,7 +83,7 @@ def test_control_against_control_finds_responders_at_the_nominal_rate_and_no_gen
 
 
 def test_interferon_genes_rise_in_every_cell_type(kang_data):
-    model = train_small(kang_data, {"labels_key": "cell_type"}, train={"max_epochs": 60})
+    model = train_small(kang_data, {"labels_key": "cell_type"}, train={"max_epochs": 40})
     effect = model.treatment_effect(controls(kang_data), to="stim", from_="ctrl", by_group=True)
     for _, genes in effect.genes.groupby("group"):
         known = genes.set_index("gene").loc[["ISG15", "IFI6", "ISG20", "CXCL10"]]
@@ -102,9 +102,12 @@ def test_tables_have_a_row_per_source_cell_and_per_group_and_gene(with_resting_t
     assert list(effect.cells.index) == list(source.obs_names)
     assert list(effect.cells["group"]) == list(source.obs["cell_type"])
     assert len(effect.genes) == 4 * adata.n_vars
-    assert effect.genes.groupby("group")["probability"].apply(lambda p: (p.diff() <= 0).sum()).eq(
-        adata.n_vars - 1
-    ).all()
+    assert (
+        effect.genes.groupby("group")["probability"]
+        .apply(lambda p: (p.diff() <= 0).sum())
+        .eq(adata.n_vars - 1)
+        .all()
+    )
 
 
 def test_means_agree_with_the_cells_before_and_the_prediction_after(with_resting_type, effect):
@@ -211,7 +214,7 @@ def test_halves_part_each_group_in_two_and_a_sham_uses_every_cell_once():
     groups = np.repeat(["a", "b"], [10, 21])
     every = np.full(31, True)
     w = np.zeros((31, 2))
-    pool = _Pool(w, w, w + 1.0, every, every, groups, is_sham=True)
+    pool = Pool(w, w, w + 1.0, every, every, groups, is_sham=True)
     reference = pool.half(np.random.default_rng(0))
     assert (reference.is_source ^ reference.is_target).all()
     for name, sizes in (("a", {5}), ("b", {10, 11})):
@@ -223,12 +226,21 @@ def test_halves_part_each_group_in_two_and_a_sham_uses_every_cell_once():
 def test_halves_of_a_real_comparison_are_drawn_from_each_side():
     is_source = np.arange(40) < 24
     z = np.zeros((40, 1))
-    pool = _Pool(z, z, z, is_source, ~is_source, np.repeat(["a"], 40), is_sham=False)
+    pool = Pool(z, z, z, is_source, ~is_source, np.repeat(["a"], 40), is_sham=False)
     reference = pool.half(np.random.default_rng(0))
     assert reference.is_source.sum() == 12
     assert reference.is_target.sum() == 8
     assert not (reference.is_source & ~is_source).any()
     assert not (reference.is_target & is_source).any()
+
+
+def test_a_pool_is_thinned_group_by_group():
+    groups = np.repeat(["a", "b"], [3, 30])
+    z, every = np.arange(33.0)[:, None], np.full(33, True)
+    thinned = Pool(z, z, -z, every, every, groups, is_sham=True).at_most(5)
+    assert [(thinned.groups == name).sum() for name in "ab"] == [3, 5]
+    np.testing.assert_array_equal(groups[thinned.z[:, 0].astype(int)], thinned.groups)
+    np.testing.assert_array_equal(thinned.w_target, -thinned.w_source)
 
 
 # -------------------------------------------------------------------------- bad input
@@ -275,6 +287,25 @@ def test_what_cannot_be_measured_is_refused(with_resting_type, arguments, messag
     adata, model = with_resting_type
     with pytest.raises(ValueError, match=message):
         model.treatment_effect(controls(adata), **({"to": "treat_1", "from_": "ctrl"} | arguments))
+
+
+def test_one_cell_is_no_comparison(with_resting_type):
+    adata, model = with_resting_type
+    with pytest.raises(ValueError, match="adata holds 1 cells under from_.*at least 2"):
+        model.treatment_effect(controls(adata)[:1].copy(), to="treat_1", from_="ctrl")
+
+
+def test_a_combination_that_was_never_seen_is_refused(adata):
+    adata.obs["dose"] = np.where(np.arange(adata.n_obs) % 3 == 0, "low", "high")
+    kept = adata[~((adata.obs["condition"] == "treat_1") & (adata.obs["dose"] == "low"))].copy()
+    model = train_small(kept, {"condition_key": ["condition", "dose"]})
+    source = kept[((kept.obs["condition"] == "ctrl") & (kept.obs["dose"] == "low")).to_numpy()]
+    with pytest.raises(ValueError, match=r"0 cells under {'condition': 'treat_1', 'dose': 'low'}"):
+        model.treatment_effect(
+            source.copy(),
+            to={"condition": "treat_1", "dose": "low"},
+            from_={"condition": "ctrl", "dose": "low"},
+        )
 
 
 def test_an_untrained_model_measures_no_effect(adata):

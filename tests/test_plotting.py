@@ -5,7 +5,12 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from discover_sc.plotting import counterfactual_scatter, latent_scatter, training_curves
+from discover_sc.plotting import (
+    counterfactual_scatter,
+    latent_scatter,
+    plot_treatment_effect,
+    training_curves,
+)
 
 matplotlib.use("Agg")
 
@@ -31,14 +36,24 @@ def drawn_points(ax):
     return sorted(zip(map(tuple, points), colors, strict=True))
 
 
+GENES = pd.DataFrame(
+    {
+        "group": "all",
+        "gene": ["A", "B", "C", "D"],
+        "lfc": [1.5, -2.0, 0.1, 3.0],
+        "probability": [1.0, 0.99, 0.1, 0.98],
+        "fdr": [0.0, 0.005, 0.3, 0.01],
+    }
+)
 EVERY_PLOT = pytest.mark.parametrize(
     "draw",
     [
         lambda ax: latent_scatter([[0.0, 0.0], [1.0, 2.0]], ["a", "b"], ax=ax),
         lambda ax: counterfactual_scatter([0.0, 1.0], [0.5, 1.0], ax=ax),
         lambda ax: training_curves({"kl_z_train": pd.DataFrame({"kl_z_train": [1.0]})}, "kl_z", ax),
+        lambda ax: plot_treatment_effect(GENES, ax=ax),
     ],
-    ids=["latent_scatter", "counterfactual_scatter", "training_curves"],
+    ids=["latent_scatter", "counterfactual_scatter", "training_curves", "treatment_effect"],
 )
 
 
@@ -142,6 +157,35 @@ def test_counterfactual_scatter_emphasises_the_top_genes(named):
     assert [text.get_text() for text in ax.texts] == (["C", "B"] if named else [])
     if named:
         assert ax.texts[0].xy == (-1.5, -2.0)
+
+
+# --------------------------------------------------------------------- treatment effect
+
+
+def test_treatment_effect_draws_probability_over_fold_change_and_emphasises_called_genes():
+    ax = plot_treatment_effect(GENES, fdr=0.02, title="B cells")
+    other, called = ax.collections
+    np.testing.assert_allclose(other.get_offsets(), [[0.1, 0.1]])
+    np.testing.assert_allclose(called.get_offsets(), [[1.5, 1.0], [-2.0, 0.99], [3.0, 0.98]])
+    assert legend_texts(ax) == ["other genes (1)", "called at FDR 0.02 (3)"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("log2 fold change", "probability of a change")
+    assert ax.get_title() == "B cells"
+
+
+@pytest.mark.parametrize(("n_labels", "expected"), [(10, ["B", "D", "A"]), (2, ["B", "D"])])
+def test_treatment_effect_names_the_called_genes_that_change_most_where_they_lie(
+    n_labels, expected
+):
+    ax = plot_treatment_effect(GENES, n_labels=n_labels)
+    assert [text.get_text() for text in ax.texts] == expected
+    positions = GENES.set_index("gene").loc[expected, ["lfc", "probability"]]
+    np.testing.assert_allclose([text.xy for text in ax.texts], positions)
+
+
+def test_treatment_effect_draws_one_group_at_a_time():
+    both = pd.concat([GENES, GENES.assign(group="B cells")])
+    with pytest.raises(ValueError, match=r"groups \['B cells', 'all'\]; one is drawn at a time"):
+        plot_treatment_effect(both)
 
 
 # ---------------------------------------------------------------------------- training

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_names_of_the_package():
-    names = ["DISCoVeR", "InvarianceStopping", "data", "evaluation", "plotting"]
+    names = ["DISCoVeR", "InvarianceStopping", "TreatmentEffect", "data", "evaluation", "plotting"]
     assert discover_sc.__all__ == names
 
 
@@ -40,8 +40,12 @@ def test_names_of_evaluation():
 
 
 def test_names_of_plotting():
-    names = ["counterfactual_scatter", "latent_scatter", "training_curves"]
-    assert discover_sc.plotting.__all__ == names
+    assert discover_sc.plotting.__all__ == [
+        "counterfactual_scatter",
+        "latent_scatter",
+        "plot_treatment_effect",
+        "training_curves",
+    ]
 
 
 def test_methods_of_the_model():
@@ -59,6 +63,7 @@ def test_methods_of_the_model():
         "predict_counterfactual",
         "setup_anndata",
         "train",
+        "treatment_effect",
         "write_latents",
     ]
 
