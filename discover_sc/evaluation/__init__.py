@@ -12,7 +12,12 @@ from ._counterfactual import (
     split_half_ceiling,
     top_genes,
 )
-from ._invariance import chance_accuracy, condition_probes, probe_accuracy
+from ._invariance import (
+    chance_accuracy,
+    condition_probes,
+    probe_accuracy,
+    probe_accuracy_within,
+)
 from ._report import report
 
 __all__ = [
@@ -28,6 +33,7 @@ __all__ = [
     "mean_shift",
     "nearest_shift",
     "probe_accuracy",
+    "probe_accuracy_within",
     "report",
     "split_half_ceiling",
     "top_genes",

@@ -121,6 +121,7 @@ if __name__ == "__main__":
         genes |= of_genes
     genes = pd.DataFrame.from_dict(genes, orient="index")
     genes.index.names = ["method", "types", "type", "seed"]
+    genes = genes.sort_index()
     print("\ngenes, means over types and seeds")
     print(genes.groupby(["types", "method"]).mean().round(3).to_string())
     print("\nmodel by seed, responding types")
