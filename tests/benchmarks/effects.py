@@ -60,7 +60,9 @@ def observed_tests(adata, name):
 def gene_rows(adata, effect, name):
     """Scores of the ranking and of the calls, of the model and of both tests."""
     truth = np.abs(true_lfc(adata, name)) > DELTA
-    planted = adata.uns["type_effects"]["treat_1"][int(name[-1])] != 0
+    effects = adata.uns["type_effects"]["treat_1"]
+    planted = effects[int(name[-1])] != 0
+    elsewhere = (effects != 0).any(axis=0) & ~planted
     genes = effect.genes[effect.genes["group"] == name].set_index("gene").loc[adata.var_names]
     lfc, p_values = observed_tests(adata, name)
     ranked = {"model": (genes["probability"], genes["fdr"] < 0.05)}
@@ -75,6 +77,7 @@ def gene_rows(adata, effect, name):
             row["AUROC, planted"] = roc_auc_score(planted, score)
             row["found"] = called[truth].mean()
             row["false among called"] = np.mean(~truth[called]) if called.any() else 0.0
+            row["false, moved in another type"] = np.mean((~truth & elsewhere)[called])
         yield method, row
 
 
