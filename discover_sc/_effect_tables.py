@@ -187,7 +187,7 @@ def empirical_p_value(values: np.ndarray, null: np.ndarray) -> np.ndarray:
 
 
 def gene_table(
-    genes: pd.Index, sums: Sums, n_reference: np.ndarray, by_group: bool, delta: float
+    genes: pd.Index, sums: Sums, n_learned_from: np.ndarray, by_group: bool, delta: float
 ) -> pd.DataFrame:
     """Judge the change of the mean of each gene, over all cells or group by group.
 
@@ -197,7 +197,7 @@ def gene_table(
         Names, shape ``(n_genes,)``.
     sums
         Sums over the cells.
-    n_reference
+    n_learned_from
         Cells that the change of each group was learned from, before and after, ``(2, n_groups)``.
     by_group
         One test for each group and gene.
@@ -212,7 +212,7 @@ def gene_table(
     tested = {name: [k] for k, name in enumerate(sums.group_names)} if by_group else {_ALL: every}
     tables = []
     for name, members in tested.items():
-        table = _test_group(sums, n_reference, list(members), delta)
+        table = _test_group(sums, n_learned_from, list(members), delta)
         table.insert(0, "gene", genes)
         table.insert(0, "group", name)
         table["_size"] = -table["lfc"].abs()
@@ -223,7 +223,7 @@ def gene_table(
 
 
 def _test_group(
-    sums: Sums, n_reference: np.ndarray, members: list[int], delta: float
+    sums: Sums, n_learned_from: np.ndarray, members: list[int], delta: float
 ) -> pd.DataFrame:
     """Return the change of the mean over the cells of some groups, and how sure it is."""
     n_cells = sums.n_cells[members]
@@ -234,7 +234,7 @@ def _test_group(
     for side, total in enumerate(sides):
         contribution = total.mean(axis=0) / n_cells.sum()  # of each group to the mean
         information = sums.information[side, members] / n_cells[:, None]
-        information = information * _cells_learned_from(n_reference[side], members)[:, None]
+        information = information * n_learned_from[side, members][:, None]
         variance += _sampling_variance(contribution, information, n_cells, sums.is_log)
     lfc, std = change.mean(axis=0), np.sqrt(variance)
     return pd.DataFrame(
@@ -246,11 +246,6 @@ def _test_group(
             "probability": probability_beyond(lfc, std, delta),
         }
     )
-
-
-def _cells_learned_from(n_reference: np.ndarray, members: list[int]) -> np.ndarray:
-    """Return the number of reference cells of each group; of all groups where it has none."""
-    return np.where(n_reference[members] > 0, n_reference[members], max(n_reference.sum(), 1))
 
 
 def _sampling_variance(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scvi import settings
 
-from ._counterfactual import Neighbors
+from ._counterfactual import _MIN_GROUP_CELLS, Neighbors
 from ._effect_tables import (
     LIBRARY,
     Sums,
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from ._model import DISCoVeR
-
-_MIN_GROUP_CELLS = 5  # treated cells of a group below which its change is that of others
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,9 @@ class EffectsMixin:
                 real, sham, groups = pools(self, source, cells, target, origin, batch_size)
                 ways = _fit_ways(real, sham, n_samples, n_sham, rng)
                 sums = _compare(self, source, cells, groups, ways, batch_size)
-            n_learned_from = real.n_cells_of(sums.group_names)
-            _warn_of_unseen(sums.group_names, n_learned_from[1])
+            if not real.is_sham:
+                _warn_of_unseen(sums.group_names, real.n_cells_of(sums.group_names)[1])
+            n_learned_from = real.n_learned_from(sums.group_names)
             return TreatmentEffect(
                 cells=cell_table(source.obs_names[cells], sums),
                 genes=gene_table(source.var_names, sums, n_learned_from, by_group, delta),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ._counterfactual import Reference, cluster_groups
+from ._counterfactual import _MIN_GROUP_CELLS, Reference, cluster_groups
 from ._keys import CONDITION_KEY, QW_KEY, QZ_KEY
 from ._prediction import _batches
 from ._training import _at_most
@@ -74,6 +74,12 @@ class Pool:
                 for side in (self.is_source, self.is_target)
             ]
         )
+
+    def n_learned_from(self, groups: np.ndarray) -> np.ndarray:
+        """Return the same, with all cells of a side for groups that hold too few to count."""
+        n_cells = self.n_cells_of(groups)
+        every = [[side.sum()] for side in (self.is_source, self.is_target)]
+        return np.where(n_cells >= _MIN_GROUP_CELLS, n_cells, every)
 
 
 def level_names(model: DISCoVeR, levels: dict[int, int]) -> dict[str, str]:

@@ -136,13 +136,6 @@ def test_values_on_a_log_scale_are_compared_by_difference():
     assert table["lfc_std"][0] == pytest.approx(math.sqrt(1 / (5 * 4) + 1 / (20 * 1)))
 
 
-def test_a_group_without_treated_cells_is_judged_by_the_cells_of_others():
-    before, after = {"a": np.array([5.0]), "b": np.array([5.0])}, {"a": np.ones(1), "b": np.ones(1)}
-    sums = sums_of(["a", "b"], before, after, (1.0, 1.0), True)
-    table = gene_table(pd.Index(["g"]), sums, np.array([[10, 10], [0, 40]]), True, 0.25)
-    np.testing.assert_allclose(table["lfc_std"] ** 2, 1 / 10 + 1 / 40)
-
-
 def test_cells_are_judged_by_the_sham_effects_of_their_own_group():
     sums = Sums.zeros(np.array(["a", "b"]), 1, n_samples=4, n_sham=3, is_log=False)
     sums.effect[:] = 2.0

@@ -234,6 +234,16 @@ def test_halves_of_a_real_comparison_are_drawn_from_each_side():
     assert not (reference.is_target & is_source).any()
 
 
+def test_a_group_that_holds_too_few_treated_cells_learns_from_those_of_others():
+    groups = np.repeat(["a", "b"], [20, 13])
+    is_source = np.concatenate([np.arange(20) < 16, np.arange(13) < 6])  # 4 and 7 treated
+    z = np.zeros((33, 1))
+    pool = Pool(z, z, z, is_source, ~is_source, groups, is_sham=False)
+    names = np.array(["a", "b", "new"])
+    np.testing.assert_array_equal(pool.n_cells_of(names), [[16, 6, 0], [4, 7, 0]])
+    np.testing.assert_array_equal(pool.n_learned_from(names), [[16, 6, 22], [11, 7, 11]])
+
+
 def test_a_pool_is_thinned_group_by_group():
     groups = np.repeat(["a", "b"], [3, 30])
     z, every = np.arange(33.0)[:, None], np.full(33, True)
