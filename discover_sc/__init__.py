@@ -3,8 +3,9 @@
 from importlib.metadata import version
 
 from . import data, evaluation, plotting
+from ._effects import TreatmentEffect
 from ._model import DISCoVeR
 from ._training_plan import InvarianceStopping
 
-__all__ = ["DISCoVeR", "InvarianceStopping", "data", "evaluation", "plotting"]
+__all__ = ["DISCoVeR", "InvarianceStopping", "TreatmentEffect", "data", "evaluation", "plotting"]
 __version__ = version("discover-sc")

@@ -19,6 +19,7 @@ from scvi.data.fields import (
 )
 from scvi.model.base import BaseModelClass
 
+from ._effects import EffectsMixin
 from ._keys import CONDITION_KEY
 from ._module import DiscoverVAE
 from ._readout import ReadoutMixin
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
-class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
+class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
     """What a cell is whatever was done to it (z), and what was done to it (w).
 
     Variational learning of disentangled representations :cite:p:`Slavutsky2025`: two latents, two
@@ -162,6 +163,7 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
         self.module = self._module_cls(
             n_input=self.summary_stats.n_vars,
             condition_targets=self._condition_targets(given_label=invariance == "conditional"),
+            label_frequencies=self._label_frequencies() if invariance == "conditional" else None,
             n_batch=self.summary_stats.n_batch,
             n_cats_per_cov=self._n_cats_per_covariate(),
             n_continuous_cov=self.summary_stats.get("n_extra_continuous_covs", 0),
@@ -286,6 +288,11 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
         return self._setup_args["labels_key"]
 
     @property
+    def invariance(self) -> Literal["marginal", "conditional"]:
+        """What z was asked to be independent of the condition in: all cells, or each label."""
+        return self.module.invariance
+
+    @property
     def conditions(self) -> dict[str, list[str]]:
         """Levels of each condition key, in the order of their codes."""
         return {key: [str(v) for v in mapping] for key, mapping in self._levels.items()}
@@ -316,6 +323,11 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             frequencies = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
             targets.append(torch.as_tensor(frequencies, dtype=torch.float32))
         return targets
+
+    def _label_frequencies(self) -> torch.Tensor:
+        labels = self.adata_manager.get_from_registry(REGISTRY_KEYS.LABELS_KEY).ravel()
+        counts = np.bincount(labels, minlength=self.summary_stats.n_labels)
+        return torch.as_tensor(counts / counts.sum(), dtype=torch.float32)
 
     def _n_cats_per_covariate(self) -> list[int]:
         if REGISTRY_KEYS.CAT_COVS_KEY not in self.adata_manager.data_registry:

@@ -57,6 +57,9 @@ class DiscoverVAE(BaseModuleClass):
         the networks (:class:`~discover_sc._conditions.Conditions`); None: levels share nothing.
     dose_scales
         Doses of half response, ``(n_responses,)``; None where no dose is registered.
+    label_frequencies
+        Share of the cells that each label holds, ``(n_labels,)``, where targets are given the
+        label; None where they are not.
     n_batch
         Number of batches.
     n_cats_per_cov
@@ -85,6 +88,7 @@ class DiscoverVAE(BaseModuleClass):
         condition_targets: Sequence[Tensor],
         designs: Sequence[Tensor] | None = None,
         dose_scales: Tensor | None = None,
+        label_frequencies: Tensor | None = None,
         n_batch: int = 1,
         n_cats_per_cov: Sequence[int] = (),
         n_continuous_cov: int = 0,
@@ -120,6 +124,10 @@ class DiscoverVAE(BaseModuleClass):
         self.n_levels = [target.shape[1] for target in condition_targets]
         for key, target in enumerate(condition_targets):
             self.register_buffer(f"condition_target_{key}", target)
+        if label_frequencies is None:
+            label_frequencies = torch.ones(1)
+        # of the data at hand, not of the saved model
+        self.register_buffer("label_frequencies", label_frequencies, persistent=False)
         self.register_buffer("library_scale", torch.tensor(library_scale or 1.0))
 
         self.conditions = Conditions(designs or [torch.eye(n) for n in self.n_levels], dose_scales)
@@ -420,13 +428,14 @@ class DiscoverVAE(BaseModuleClass):
 
         ``adversary_chance_accuracy`` always names the most frequent level;
         ``adversary_chance_cross_entropy`` is the entropy of the level frequencies, in nats. Under
-        conditional invariance both are given the label, averaged over labels.
+        conditional invariance both are given the label, averaged over cells as the adversary's
+        own accuracy is.
         """
         accuracy, entropy = [], []
         for key in range(len(self.n_levels)):
             target = getattr(self, f"condition_target_{key}")
-            accuracy.append(target.amax(-1).mean())
-            entropy.append(torch.special.entr(target).sum(-1).mean())
+            accuracy.append(self.label_frequencies @ target.amax(-1))
+            entropy.append(self.label_frequencies @ torch.special.entr(target).sum(-1))
         return {
             "adversary_chance_accuracy": float(torch.stack(accuracy).mean()),
             "adversary_chance_cross_entropy": float(torch.stack(entropy).mean()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from scipy.stats import norm
-from scvi import REGISTRY_KEYS
+from scvi import REGISTRY_KEYS, settings
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
 from ._calibration import (
@@ -64,6 +65,7 @@ def predict_counterfactual(
     try:
         result = _empty_result(model, source)
         groups = groups_of(model, source)
+        _warn_of_treated(model, source, target)
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             for codes, cells in _cells_by_source(model, source):
@@ -110,21 +112,24 @@ def _own_copy(view: ad.AnnData) -> ad.AnnData:
     return view.to_memory() if view.isbacked else view.copy()
 
 
-def _target_levels(model: DISCoVeR, to: str | dict[str, str]) -> dict[int, int]:
+def _target_levels(
+    model: DISCoVeR, to: str | dict[str, str], argument: str = "to"
+) -> dict[int, int]:
     """Return the code asked for of each key that is asked for, by the key's position."""
     conditions = model.conditions
     if not isinstance(to, dict):
         if len(conditions) > 1:
             raise ValueError(
-                f"to is {to!r} and there are several condition keys, {list(conditions)}. Say "
-                "which: to={key: level}."
+                f"{argument} is {to!r} and there are several condition keys, {list(conditions)}. "
+                f"Say which: {argument}={{key: level}}."
             )
         to = {next(iter(conditions)): to}
     target = {}
     for key, level in to.items():
         if key not in conditions:
             raise ValueError(
-                f"to names the key {key!r}; condition keys are {list(conditions)}. Use one of them."
+                f"{argument} names the key {key!r}; condition keys are {list(conditions)}. Use one "
+                "of them."
             )
         if str(level) not in conditions[key]:
             raise ValueError(
@@ -133,8 +138,22 @@ def _target_levels(model: DISCoVeR, to: str | dict[str, str]) -> dict[int, int]:
             )
         target[list(conditions).index(key)] = conditions[key].index(str(level))
     if not target:
-        raise ValueError(f"to is empty; name a level of one of {list(conditions)}.")
+        raise ValueError(f"{argument} is empty; name a level of one of {list(conditions)}.")
     return target
+
+
+def _warn_of_treated(model: DISCoVeR, source: ad.AnnData, target: dict[int, int]) -> None:
+    codes = model._condition_codes(source)[:, list(target)]
+    n_treated = (codes == list(target.values())).all(axis=1).sum()
+    if n_treated:
+        asked = [list(model.conditions.values())[key][code] for key, code in target.items()]
+        warnings.warn(
+            f"{n_treated} of {len(codes)} cells are under {asked} already; asked about the "
+            "condition that they are under, cells come back denoised and not as a prediction. "
+            "Pass cells under another condition only.",
+            UserWarning,
+            stacklevel=settings.warnings_stacklevel,
+        )
 
 
 def _cells_by_source(

@@ -245,7 +245,8 @@ class ReadoutMixin:
         Parameters
         ----------
         adata
-            *Source* cells, for example the controls of a cell type that was never treated.
+            *Source* cells, for example the controls of a cell type that was never treated; cells
+            that are under ``to`` already warn.
         to
             Level of the condition, or ``{condition_key: level}``; keys that are not named keep
             each cell's level.

@@ -142,6 +142,23 @@ def test_chance_is_the_most_frequent_level_and_the_entropy():
     assert module.chance()["adversary_chance_cross_entropy"] == pytest.approx(float(entropy))
 
 
+def test_chance_given_the_label_counts_each_label_by_its_cells():
+    """A mean over labels, as if all held as many cells, is not what the accuracy is."""
+    targets = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
+    module = DiscoverVAE(
+        N_GENES,
+        [targets],
+        torch.tensor([0.25, 0.75]),
+        n_latent_specific=10,
+        invariance="conditional",
+    )
+    entropies = torch.special.entr(targets).sum(-1)
+    assert module.chance()["adversary_chance_accuracy"] == pytest.approx(0.25 * 0.5 + 0.75 * 0.9)
+    assert module.chance()["adversary_chance_cross_entropy"] == pytest.approx(
+        float(0.25 * entropies[0] + 0.75 * entropies[1])
+    )
+
+
 def test_a_new_batch_level_leaves_reference_cells_as_they_are():
     """One embedding per key: padding one key with a category shifts no column of another."""
     old = make_module(n_batch=2, n_cats_per_cov=[3]).eval()

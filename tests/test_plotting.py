@@ -9,6 +9,7 @@ from discover_sc.plotting import (
     counterfactual_scatter,
     latent_scatter,
     plot_counterfactual_benchmark,
+    plot_treatment_effect,
     training_curves,
 )
 
@@ -46,6 +47,15 @@ def benchmark_table(scores, metric="lfc_r2"):
     )
 
 
+GENES = pd.DataFrame(
+    {
+        "group": "all",
+        "gene": ["A", "B", "C", "D"],
+        "lfc": [1.5, -2.0, 0.1, 3.0],
+        "probability": [1.0, 0.99, 0.1, 0.98],
+        "fdr": [0.0, 0.005, 0.3, 0.01],
+    }
+)
 EVERY_PLOT = pytest.mark.parametrize(
     "draw",
     [
@@ -53,12 +63,14 @@ EVERY_PLOT = pytest.mark.parametrize(
         lambda ax: counterfactual_scatter([0.0, 1.0], [0.5, 1.0], ax=ax),
         lambda ax: training_curves({"kl_z_train": pd.DataFrame({"kl_z_train": [1.0]})}, "kl_z", ax),
         lambda ax: plot_counterfactual_benchmark(benchmark_table({"a": {("B", 0): 0.5}}), ax),
+        lambda ax: plot_treatment_effect(GENES, ax=ax),
     ],
     ids=[
         "latent_scatter",
         "counterfactual_scatter",
         "training_curves",
-        "plot_counterfactual_benchmark",
+        "counterfactual_benchmark",
+        "treatment_effect",
     ],
 )
 
@@ -214,6 +226,35 @@ def test_benchmark_without_scores_is_refused():
     table = benchmark_table({"a": {("B", 0): 0.5}}, "e_distance")
     with pytest.raises(ValueError, match=r"table has no score .*\['e_distance'\]. Pass the result"):
         plot_counterfactual_benchmark(table)
+
+
+# --------------------------------------------------------------------- treatment effect
+
+
+def test_treatment_effect_draws_probability_over_fold_change_and_emphasises_called_genes():
+    ax = plot_treatment_effect(GENES, fdr=0.02, title="B cells")
+    other, called = ax.collections
+    np.testing.assert_allclose(other.get_offsets(), [[0.1, 0.1]])
+    np.testing.assert_allclose(called.get_offsets(), [[1.5, 1.0], [-2.0, 0.99], [3.0, 0.98]])
+    assert legend_texts(ax) == ["other genes (1)", "called at FDR 0.02 (3)"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("log2 fold change", "probability of a change")
+    assert ax.get_title() == "B cells"
+
+
+@pytest.mark.parametrize(("n_labels", "expected"), [(10, ["B", "D", "A"]), (2, ["B", "D"])])
+def test_treatment_effect_names_the_called_genes_that_change_most_where_they_lie(
+    n_labels, expected
+):
+    ax = plot_treatment_effect(GENES, n_labels=n_labels)
+    assert [text.get_text() for text in ax.texts] == expected
+    positions = GENES.set_index("gene").loc[expected, ["lfc", "probability"]]
+    np.testing.assert_allclose([text.xy for text in ax.texts], positions)
+
+
+def test_treatment_effect_draws_one_group_at_a_time():
+    both = pd.concat([GENES, GENES.assign(group="B cells")])
+    with pytest.raises(ValueError, match=r"groups \['B cells', 'all'\]; one is drawn at a time"):
+        plot_treatment_effect(both)
 
 
 # ---------------------------------------------------------------------------- training

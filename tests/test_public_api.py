@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_names_of_the_package():
-    names = ["DISCoVeR", "InvarianceStopping", "data", "evaluation", "plotting"]
+    names = ["DISCoVeR", "InvarianceStopping", "TreatmentEffect", "data", "evaluation", "plotting"]
     assert discover_sc.__all__ == names
 
 
@@ -39,6 +39,7 @@ def test_names_of_evaluation():
         "mean_shift",
         "nearest_shift",
         "probe_accuracy",
+        "probe_accuracy_within",
         "report",
         "split_half_ceiling",
         "squared_mmd",
@@ -52,6 +53,7 @@ def test_names_of_plotting():
         "counterfactual_scatter",
         "latent_scatter",
         "plot_counterfactual_benchmark",
+        "plot_treatment_effect",
         "training_curves",
     ]
 
@@ -66,11 +68,13 @@ def test_methods_of_the_model():
         "get_loadings",
         "get_normalized_expression",
         "get_shared_expression",
+        "invariance",
         "labels_key",
         "load",
         "predict_counterfactual",
         "setup_anndata",
         "train",
+        "treatment_effect",
         "write_latents",
     ]
 

@@ -172,3 +172,21 @@ def test_simulation_arguments_are_kept_with_the_data():
 def test_simulate_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         simulate(50, 20, **arguments)
+
+
+def test_unresponsive_types_have_no_effect_and_the_others_keep_theirs():
+    full, partial = (simulate(400, 50, unresponsive=types, seed=4) for types in ([], ["type_1"]))
+    expected = full.uns["type_effects"]["treat_1"].copy()
+    assert (expected[1] != 0).any()
+    expected[1] = 0.0
+    np.testing.assert_array_equal(partial.uns["type_effects"]["treat_1"], expected)
+    others = (full.obs["cell_type"] != "type_1").to_numpy()
+    assert full.obs.equals(partial.obs)
+    np.testing.assert_array_equal(
+        full.layers["shared_expression"][others], partial.layers["shared_expression"][others]
+    )
+
+
+def test_unresponsive_types_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match=r"unresponsive names \['type_9'\]; cell types are"):
+        simulate(100, 20, unresponsive=["type_9"])

@@ -25,6 +25,7 @@ def simulate(
     library_scale: float = 0.4,
     dispersion: float = 3.0,
     drop: dict[str, list[str]] | None = None,
+    unresponsive: list[str] | None = None,
     seed: int = 0,
 ) -> ad.AnnData:
     r"""Simulated counts whose shared part and condition effects are known.
@@ -60,6 +61,8 @@ def simulate(
         Mean over genes of the inverse dispersion :math:`\theta` (log-normal).
     drop
         Per condition the cell types that are left out of it, for changed composition.
+    unresponsive
+        Cell types that no condition moves.
     seed
         Seed of everything.
 
@@ -69,13 +72,14 @@ def simulate(
     ``cell_type``, ``batch``, ``library_size``. The truth: ``.layers["shared_expression"]``, the
     fractions without condition and batch effect; ``.obsm["shared_programs"]``;
     ``.varm["common_effect"]``, ``(n_genes, n_conditions)``; ``.uns["type_effects"]``, per
-    condition an array ``(n_types, n_genes)`` of common plus specific effect; ``.uns["simulation"]``
-    the arguments.
+    condition an array ``(n_types, n_genes)`` of common plus specific effect, 0 for unresponsive
+    types; ``.uns["simulation"]`` the arguments.
 
     Raises
     ------
     ValueError
-        If there are fewer than two conditions or a name in ``drop`` does not exist.
+        If there are fewer than two conditions or a name in ``drop`` or ``unresponsive`` does not
+        exist.
 
     Examples
     --------
@@ -86,7 +90,7 @@ def simulate(
     arguments = {name: value for name, value in locals().items() if value is not None}
     conditions = ["ctrl", *(f"treat_{k}" for k in range(1, n_conditions))]
     types = [f"type_{k}" for k in range(n_types)]
-    _check_arguments(n_conditions, conditions, types, drop or {})
+    _check_arguments(n_conditions, conditions, types, drop or {}, unresponsive or [])
     rng = np.random.default_rng(seed)
 
     t, y = _draw_groups(rng, n_cells, conditions, types, drop or {})
@@ -98,6 +102,7 @@ def simulate(
     )
     common[0], specific[0] = 0.0, 0.0
     type_effects = common[:, None, :] + specific
+    type_effects[:, [types.index(name) for name in unresponsive or []]] = 0.0
 
     shared = (
         rng.normal(0.0, 1.2, n_genes)
@@ -132,7 +137,11 @@ def simulate(
 
 
 def _check_arguments(
-    n_conditions: int, conditions: list[str], types: list[str], drop: dict[str, list[str]]
+    n_conditions: int,
+    conditions: list[str],
+    types: list[str],
+    drop: dict[str, list[str]],
+    unresponsive: list[str],
 ) -> None:
     if n_conditions < 2:
         raise ValueError(
@@ -144,6 +153,10 @@ def _check_arguments(
                 f"drop names {condition!r}: {dropped}; conditions are {conditions}, cell types "
                 f"are {types}, and each condition keeps at least one type."
             )
+    if not set(unresponsive) <= set(types):
+        raise ValueError(
+            f"unresponsive names {unresponsive}; cell types are {types}. Name some of them."
+        )
 
 
 def _draw_groups(

@@ -13,7 +13,12 @@ from ._counterfactual import (
     top_genes,
     top_overlap,
 )
-from ._invariance import chance_accuracy, condition_probes, probe_accuracy
+from ._invariance import (
+    chance_accuracy,
+    condition_probes,
+    probe_accuracy,
+    probe_accuracy_within,
+)
 from ._profiles import log_mean_profile, mean_shift, nearest_shift
 from ._report import report
 from ._rivals import counterfactual_methods
@@ -37,6 +42,7 @@ __all__ = [
     "mean_shift",
     "nearest_shift",
     "probe_accuracy",
+    "probe_accuracy_within",
     "report",
     "split_half_ceiling",
     "squared_mmd",

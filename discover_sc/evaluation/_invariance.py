@@ -86,6 +86,73 @@ def probe_accuracy(
     }
 
 
+def probe_accuracy_within(
+    latent: ArrayLike, target: ArrayLike, groups: ArrayLike, *, n_folds: int = 5, seed: int = 0
+) -> tuple[dict[str, np.ndarray], float]:
+    """Balanced accuracy of fresh probes within groups: what is told of a class given the group.
+
+    :func:`probe_accuracy` in each group, averaged with the group's number of cells as weight.
+    Classes with fewer cells of a group than folds are left out of it, and so are groups that hold
+    a single class then.
+
+    Parameters
+    ----------
+    latent
+        Representation, shape ``(n_cells, n_latent)``.
+    target
+        Class of each cell, for example its condition, shape ``(n_cells,)``.
+    groups
+        Group of each cell, for example its type, shape ``(n_cells,)``.
+    n_folds
+        Number of folds.
+    seed
+        Seed of the folds and of the perceptron.
+
+    Returns
+    -------
+    Per probe the average of each fold, shape ``(n_folds,)``, in [0, 1]; and the chance level,
+    averaged with the same weights.
+
+    Raises
+    ------
+    ValueError
+        If no group holds two classes with enough cells.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> groups, y = np.repeat(["g", "h"], 100), np.tile(["a", "b"], 100)
+    >>> latent = np.random.default_rng(0).normal(size=(200, 2)) + 5.0 * (groups == "h")[:, None]
+    >>> accuracies, chance = probe_accuracy_within(latent, y, groups)
+    >>> chance, bool(accuracies["logistic"].mean() < 0.65)
+    (0.5, True)
+    """
+    latent, target, groups = (np.asarray(values) for values in (latent, target, groups))
+    accuracies, chances, weights = [], [], []
+    for group in np.unique(groups):
+        inside = groups == group
+        classes, counts = np.unique(target[inside], return_counts=True)
+        inside &= np.isin(target, classes[counts >= n_folds])
+        if len(np.unique(target[inside])) < 2:
+            continue
+        accuracies.append(
+            probe_accuracy(latent[inside], target[inside], n_folds=n_folds, seed=seed)
+        )
+        chances.append(chance_accuracy(target[inside]))
+        weights.append(inside.sum())
+    if not weights:
+        raise ValueError(
+            f"None of {len(np.unique(groups))} groups holds two classes with at least "
+            f"n_folds={n_folds} cells each, so that nothing can be told within groups. Use coarser "
+            "groups, or lower n_folds."
+        )
+    averages = {
+        name: np.average([folds[name] for folds in accuracies], axis=0, weights=weights)
+        for name in accuracies[0]
+    }
+    return averages, float(np.average(chances, weights=weights))
+
+
 def _probes(n_cells: int, n_folds: int, seed: int) -> dict[str, object]:
     n_neighbors = max(1, min(_N_NEIGHBORS, n_cells - n_cells // n_folds - 1))
     classifiers = {

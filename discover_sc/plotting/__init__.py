@@ -2,6 +2,7 @@
 
 from ._benchmark import plot_counterfactual_benchmark
 from ._counterfactual import counterfactual_scatter
+from ._effects import plot_treatment_effect
 from ._latents import latent_scatter
 from ._training import training_curves
 
@@ -9,5 +10,6 @@ __all__ = [
     "counterfactual_scatter",
     "latent_scatter",
     "plot_counterfactual_benchmark",
+    "plot_treatment_effect",
     "training_curves",
 ]
