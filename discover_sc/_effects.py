@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scvi import settings
 
-from ._counterfactual import _MIN_GROUP_CELLS, Neighbors
+from ._counterfactual import MIN_GROUP_CELLS, Neighbors
 from ._effect_tables import (
     LIBRARY,
     Sums,
@@ -21,8 +21,9 @@ from ._effect_tables import (
 )
 from ._expression import expression_of
 from ._keys import LIBRARY_KEY, QW_KEY, QZ_KEY
-from ._prediction import _batches, _move, _own_copy, _target_levels
+from ._prediction import SourceBatches, move_w, own_copy, target_levels
 from ._readout import _UNTRAINED
+from ._reference import encode_reference
 from ._sham import Pool, level_names, pools
 
 if TYPE_CHECKING:
@@ -124,10 +125,10 @@ class EffectsMixin:
         """
         self._check_if_trained(warn=False, message=_UNTRAINED)
         if self.reference_ is None:  # training was interrupted
-            self.reference_ = self._encode_reference()
+            self.reference_ = encode_reference(self)
         _check_numbers(delta, n_samples, n_sham)
-        target, origin = _target_levels(self, to), _target_levels(self, from_, "from_")
-        source = self._validate_anndata(_own_copy(adata) if adata.is_view else adata)
+        target, origin = target_levels(self, to), target_levels(self, from_, "from_")
+        source = self._validate_anndata(own_copy(adata) if adata.is_view else adata)
         try:
             cells = _source_cells(self, source, target, origin)
             rng = np.random.default_rng(seed)
@@ -196,10 +197,10 @@ def _source_cells(
 
 
 def _warn_of_unseen(names: np.ndarray, n_treated: np.ndarray) -> None:
-    unseen = [str(name) for name in names[n_treated < _MIN_GROUP_CELLS]]
+    unseen = [str(name) for name in names[n_treated < MIN_GROUP_CELLS]]
     if unseen:
         warnings.warn(
-            f"Groups {unseen} have fewer than {_MIN_GROUP_CELLS} cells under the condition asked "
+            f"Groups {unseen} have fewer than {MIN_GROUP_CELLS} cells under the condition asked "
             "about among those that the model was trained on: their effect is that on other "
             "groups, and probability and fdr do not know how far groups differ. Read them as a "
             "prediction.",
@@ -245,13 +246,12 @@ def _compare(
     """Decode each cell with its own and with its new w, in mini-batches."""
     is_log = model.module.gene_likelihood == "normal"
     sums = Sums.zeros(groups, source.n_vars, len(ways.draws), len(ways.sham), is_log=is_log)
-    for batch, tensors, outputs in _batches(model, source, cells, batch_size):
-        rows = np.searchsorted(cells, batch)
+    for rows, tensors, outputs in SourceBatches(model, source, cells, batch_size):
         qz, qw, library = outputs[QZ_KEY], outputs[QW_KEY], outputs[LIBRARY_KEY]
 
         def change(way, z, w, library=library, tensors=tensors):
             """Return the likelihoods before and after, and the distance of the two w."""
-            moved = _move(way, z, w)
+            moved = move_w(way, z, w)
             pair = [model.module.decode(z, latent, library, tensors) for latent in (w, moved)]
             return pair, torch.linalg.vector_norm(moved - w, dim=1).cpu().numpy()
 

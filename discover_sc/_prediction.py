@@ -60,8 +60,8 @@ def predict_counterfactual(
 ) -> ad.AnnData:
     """Predict source cells under another condition; see the model's method."""
     _check_numbers(n_samples, interval, library_size)
-    target = _target_levels(model, to)
-    source = model._validate_anndata(_own_copy(adata) if adata.is_view else adata)
+    target = target_levels(model, to)
+    source = model._validate_anndata(own_copy(adata) if adata.is_view else adata)
     try:
         result = _empty_result(model, source)
         groups = groups_of(model, source)
@@ -72,7 +72,7 @@ def predict_counterfactual(
                 move = _fit_move(model, method, codes, target)
                 result.ways[move.source_name] = move.description
                 result.choices[move.source_name] = _choice(move)
-                batches = _Batches(model, source, cells, batch_size)
+                batches = SourceBatches(model, source, cells, batch_size)
                 names, group_of_cell = np.unique(groups[cells], return_inverse=True)
                 means = _group_means(model, batches, move.way, group_of_cell, len(names))
                 estimates = [
@@ -107,12 +107,12 @@ def _check_numbers(n_samples: int, interval: float, library_size: float) -> None
         raise ValueError(f"library_size is {library_size}; it must be positive. Choose 1e4.")
 
 
-def _own_copy(view: ad.AnnData) -> ad.AnnData:
+def own_copy(view: ad.AnnData) -> ad.AnnData:
     """Return a copy of a view, so that registering it leaves the user's object a view."""
     return view.to_memory() if view.isbacked else view.copy()
 
 
-def _target_levels(
+def target_levels(
     model: DISCoVeR, to: str | dict[str, str], argument: str = "to"
 ) -> dict[int, int]:
     """Return the code asked for of each key that is asked for, by the key's position."""
@@ -256,8 +256,20 @@ def _empty_result(model: DISCoVeR, source: ad.AnnData) -> _Result:
 
 
 @dataclass(frozen=True)
-class _Batches:
-    """Minibatches of some source cells, as often as they are asked for."""
+class SourceBatches:
+    """Minibatches of some source cells, as often as they are asked for.
+
+    Parameters
+    ----------
+    model
+        A trained model.
+    source
+        Registered cells.
+    cells
+        Positions of the cells to encode.
+    batch_size
+        Cells in a minibatch; None: ``scvi.settings.batch_size``.
+    """
 
     model: DISCoVeR
     source: ad.AnnData
@@ -276,13 +288,14 @@ class _Batches:
             start += n
 
 
-def _move(way: Way, z: Tensor, w: Tensor) -> Tensor:
+def move_w(way: Way, z: Tensor, w: Tensor) -> Tensor:
+    """Return w as a way moves it, on the device of w."""
     moved = way(z.cpu().numpy(), w.cpu().numpy())
     return torch.as_tensor(moved, dtype=w.dtype, device=w.device)
 
 
 def _group_means(
-    model: DISCoVeR, batches: _Batches, way: Way, group_of_cell: np.ndarray, n_groups: int
+    model: DISCoVeR, batches: SourceBatches, way: Way, group_of_cell: np.ndarray, n_groups: int
 ) -> list[GroupMeans]:
     """Return the profiles of each group of source cells, at the posterior means."""
     sums = torch.zeros(3, n_groups, model.summary_stats.n_vars, dtype=torch.float64)
@@ -291,7 +304,7 @@ def _group_means(
         group = torch.as_tensor(group_of_cell[rows])
         decoded = (
             expression_of(model.module.decode(z, latent, library, tensors), PROFILE_LIBRARY)
-            for latent in (w, _move(way, z, w))
+            for latent in (w, move_w(way, z, w))
         )
         observed = normalized(model, tensors[REGISTRY_KEYS.X_KEY].to(model.device))
         for kind, values in enumerate((observed, *decoded)):
@@ -327,7 +340,7 @@ class _Draws:
 
 def _predict_cells(
     model: DISCoVeR,
-    batches: _Batches,
+    batches: SourceBatches,
     move: _Move,
     means: list[GroupMeans],
     estimates: list[GroupEstimate],
@@ -361,7 +374,7 @@ def _predict_cells(
         total, observed = 0.0, []
         for disturb in disturbed:
             z, w = qz.sample(), qw.sample()
-            px = model.module.decode(z, _move(move.way, z, w), library, tensors)
+            px = model.module.decode(z, move_w(move.way, z, w), library, tensors)
             expression = expression_of(px, PROFILE_LIBRARY)
             total = total + calibrate(expression, group)
             observed.append(_sample(px, disturb(expression, group), library))
@@ -372,7 +385,7 @@ def _predict_cells(
         if not is_normal:
             mean = mean * (draws.library_size / mean.sum(-1, keepdim=True))
         result.mean[rows] = mean.cpu().numpy()
-        result.w[rows] = _move(move.way, qz.loc, qw.loc).cpu().numpy()
+        result.w[rows] = move_w(move.way, qz.loc, qw.loc).cpu().numpy()
         result.support[rows] = move.support(qz.loc.cpu().numpy(), qw.loc.cpu().numpy())
         # of the last draw of the latents
         counts = _sample(px, calibrate(expression, group), library)

@@ -49,8 +49,11 @@ def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
         groups = model.adata.obs[model.labels_key].astype(str).to_numpy(dtype=str)[cells]
     else:
         clusters = cluster_groups(model.get_latent_representation(latent="z", indices=cells))
-        centers, groups = clusters.cluster_centers_, clusters.labels_.astype(str)
-    kept = _at_most(_MAX_GROUP_CELLS, np.column_stack([codes.astype(str), groups]))
+        centers, groups = (
+            clusters.cluster_centers_,
+            np.array([f"cluster_{k}" for k in clusters.labels_]),
+        )
+    kept = at_most(_MAX_GROUP_CELLS, np.column_stack([codes.astype(str), groups]))
     cells, codes, groups = cells[kept], codes[kept], groups[kept]
     pairs, pair_of_cell = np.unique(
         np.column_stack([codes.astype(str), groups]), axis=0, return_inverse=True
@@ -99,7 +102,7 @@ def groups_of(model: DISCoVeR, source: AnnData) -> np.ndarray:
     if centers is None:
         return source.obs[model.labels_key].astype(str).to_numpy(dtype=str)
     z = model.get_latent_representation(source)
-    return pairwise_distances_argmin(z, centers).astype(str)
+    return np.array([f"cluster_{k}" for k in pairwise_distances_argmin(z, centers)])
 
 
 def reference_between(
@@ -155,7 +158,7 @@ def _group_profiles(reference: dict, keys: list[int], codes: np.ndarray) -> dict
     return profiles
 
 
-def _at_most(n_cells: int, groups: np.ndarray) -> np.ndarray:
+def at_most(n_cells: int, groups: np.ndarray) -> np.ndarray:
     """Return positions that keep at most ``n_cells`` of each group, ``(n, n_columns)``."""
     order = np.random.default_rng(0).permutation(len(groups))
     _, codes = np.unique(groups[order], axis=0, return_inverse=True)

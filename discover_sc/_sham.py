@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ._counterfactual import _MIN_GROUP_CELLS, Reference, cluster_groups
+from ._counterfactual import MIN_GROUP_CELLS, Reference
 from ._keys import CONDITION_KEY, QW_KEY, QZ_KEY
-from ._prediction import _batches
-from ._training import _at_most
+from ._prediction import SourceBatches
+from ._reference import at_most, groups_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -61,7 +61,7 @@ class Pool:
 
     def at_most(self, n_cells: int) -> Pool:
         """Return a pool of at most so many cells of each group, drawn at random."""
-        cells = _at_most(n_cells, self.groups[:, None])
+        cells = at_most(n_cells, self.groups[:, None])
         arrays = (self.z, self.w_source, self.w_target, self.is_source, self.is_target, self.groups)
         return Pool(*(array[cells] for array in arrays), self.is_sham)
 
@@ -79,7 +79,7 @@ class Pool:
         """Return the same, with all cells of a side for groups that hold too few to count."""
         n_cells = self.n_cells_of(groups)
         every = [[side.sum()] for side in (self.is_source, self.is_target)]
-        return np.where(n_cells >= _MIN_GROUP_CELLS, n_cells, every)
+        return np.where(n_cells >= MIN_GROUP_CELLS, n_cells, every)
 
 
 def level_names(model: DISCoVeR, levels: dict[int, int]) -> dict[str, str]:
@@ -102,7 +102,7 @@ def pools(
     untreated, so that whatever then moves in w is the label's doing and not the treatment's.
     """
     z, w, w_relabelled = _encode(model, source, cells, target, batch_size)
-    of_reference, of_source = _groups(model, source, cells, z)
+    of_source = groups_of(model, source)[cells]
     every = np.full(len(cells), True)
     sham = Pool(z, w, w_relabelled, every, every, of_source, is_sham=True)
     sham = sham.at_most(_MAX_SHAM_CELLS)
@@ -120,7 +120,7 @@ def pools(
                 f"{level_names(model, levels)}; an effect is learned from at least 2 on each side. "
                 "Ask for one key at a time."
             )
-    real = Pool(trained["z"], trained["w"], trained["w"], *sides, of_reference, is_sham=False)
+    real = Pool(trained["z"], trained["w"], trained["w"], *sides, trained["groups"], is_sham=False)
     return real, sham, of_source
 
 
@@ -133,7 +133,7 @@ def _encode(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return z, w, and w as if the same counts were under the target, posterior means."""
     parts = []
-    for _, tensors, outputs in _batches(model, source, cells, batch_size):
+    for _, tensors, outputs in SourceBatches(model, source, cells, batch_size):
         condition = tensors[CONDITION_KEY].clone()
         condition[:, list(target)] = torch.as_tensor(
             list(target.values()), dtype=condition.dtype, device=condition.device
@@ -142,17 +142,3 @@ def _encode(
         latents = (outputs[QZ_KEY].loc, outputs[QW_KEY].loc, relabelled.loc)
         parts.append([latent.cpu().numpy() for latent in latents])
     return tuple(np.concatenate(latent) for latent in zip(*parts, strict=True))
-
-
-def _groups(
-    model: DISCoVeR, source: AnnData, cells: np.ndarray, z: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the groups of reference and of source cells: labels, or clusters of z."""
-    labels = model.reference_["labels"]
-    if labels is not None:
-        return labels, source.obs[model.labels_key].astype(str).to_numpy(dtype=str)[cells]
-    clusters = cluster_groups(model.reference_["z"])
-    return tuple(
-        np.array([f"cluster_{code}" for code in codes])
-        for codes in (clusters.labels_, clusters.predict(z))
-    )

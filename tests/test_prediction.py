@@ -220,7 +220,7 @@ def test_without_labels_clusters_of_z_serve(simulated, source):
     predicted = model.predict_counterfactual(source, to="treat_1", method="shift", n_samples=2)
     assert np.isfinite(predicted.X).all()
     centers = model.reference_["cluster_centers"]
-    assert set(model.reference_["groups"]) == {str(k) for k in range(len(centers))}
+    assert set(model.reference_["groups"]) == {f"cluster_{k}" for k in range(len(centers))}
 
 
 def test_source_cells_of_several_conditions_are_each_moved_from_their_own(trained, simulated):
