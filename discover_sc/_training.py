@@ -7,6 +7,7 @@ from math import ceil
 import lightning.pytorch as pl
 from scvi.model.base import UnsupervisedTrainingMixin
 
+from ._dispersion import fit_dispersion
 from ._reference import encode_reference
 from ._training_plan import DiscoverTrainingPlan, InvarianceStopping
 
@@ -122,6 +123,7 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             raise
         finally:
             self.module.eval()
+        fit_dispersion(self)
         self.reference_ = encode_reference(self)
 
 

@@ -299,6 +299,7 @@ def test_what_cannot_be_measured_is_refused(with_resting_type, arguments, messag
         model.treatment_effect(controls(adata), **({"to": "treat_1", "from_": "ctrl"} | arguments))
 
 
+@pytest.mark.filterwarnings("ignore:Category 0 in adata.obs:UserWarning")
 def test_one_cell_is_no_comparison(with_resting_type):
     adata, model = with_resting_type
     with pytest.raises(ValueError, match="adata holds 1 cells under from_.*at least 2"):

@@ -1,0 +1,70 @@
+"""Dispersion of the full reconstruction, by maximum likelihood given the trained means."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scvi import REGISTRY_KEYS
+
+from ._keys import LIBRARY_KEY, W_KEY, Z_KEY
+from ._losses import reconstruction_losses
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ._model import DISCoVeR
+
+_MAX_CELLS = 2000
+_N_STEPS = 40
+_RANGE = (-9.0, 9.0)  # of the logarithm: beyond, a count likelihood is Poisson or all zero
+
+
+def fit_dispersion(model: DISCoVeR) -> None:
+    r"""Put into the module the dispersion that fits the full reconstruction best.
+
+    During training both reconstructions share :math:`\theta`. The one from z alone cannot know
+    what the condition did, which to it is dispersion: genes that answer to the condition end with
+    far too much of it, and cells drawn from the model would vary too much.
+
+    .. math:: \hat\theta = \arg\max_\theta \sum_i \log p(x_i \mid z_i, w_i, \theta)
+
+    with one posterior draw of z and w per cell, over at most 2,000 training cells. Rprop, because
+    the problem falls apart into one per parameter.
+
+    Parameters
+    ----------
+    model
+        A model whose networks are trained; its ``log_theta`` changes.
+    """
+    module = model.module
+    if module.gene_likelihood == "poisson":
+        return
+    cells = np.random.default_rng(0).permutation(model.train_indices)[:_MAX_CELLS]
+    parts = [
+        _decoded(model, t) for t in model._make_data_loader(model.adata, indices=np.sort(cells))
+    ]
+    optimizer = torch.optim.Rprop([module.log_theta], lr=0.1, step_sizes=(1e-3, 1.0))
+    for _ in range(_N_STEPS):
+        optimizer.zero_grad()
+        for x, output, library, batch_index in parts:
+            theta = module.theta(batch_index)
+            px = module._likelihood(output, library, theta)
+            reconstruction_losses(x, [px], theta)[0].sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            module.log_theta.clamp_(*_RANGE)
+    module.log_theta.grad = None
+
+
+@torch.no_grad()
+def _decoded(model: DISCoVeR, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return counts, decoder output, log library and batch codes of a minibatch."""
+    module = model.module
+    outputs = module.inference(**module._get_inference_input(tensors))
+    batch_index, *covariates = module.covariates(tensors)
+    latents = torch.cat([outputs[Z_KEY], outputs[W_KEY]], dim=-1)
+    x = tensors[REGISTRY_KEYS.X_KEY].to(module.device)
+    output = module.decoder(latents, *(c if c is None else c.to(module.device) for c in covariates))
+    return x, output, outputs[LIBRARY_KEY], batch_index.to(module.device)
