@@ -22,6 +22,8 @@ from ._priors import LearnedPrior
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from ._module import DiscoverVAE
 
 Method = Literal["auto", "shift", "prior", "abduction", "neighbors", "groups", "linear"]
@@ -193,9 +195,9 @@ class Linear:
 class Prior:
     """Replace w by the model's prior mean under the target condition."""
 
-    def __init__(self, module: DiscoverVAE, target_codes: np.ndarray) -> None:
+    def __init__(self, module: DiscoverVAE, target: Tensor) -> None:
         self._module = module
-        self._target = target_codes
+        self._target = target
 
     def fit(self, reference: Reference) -> Prior:
         """Learned with the model already: nothing to fit."""
@@ -209,11 +211,9 @@ class Prior:
 class Abduction:
     """Keep the cell's residual from its own prior: m(z, target) + (w - m(z, source))."""
 
-    def __init__(
-        self, module: DiscoverVAE, source_codes: np.ndarray, target_codes: np.ndarray
-    ) -> None:
+    def __init__(self, module: DiscoverVAE, source: Tensor, target: Tensor) -> None:
         self._module = module
-        self._source, self._target = source_codes, target_codes
+        self._source, self._target = source, target
 
     def fit(self, reference: Reference) -> Abduction:
         """Learned with the model already: nothing to fit."""
@@ -221,15 +221,14 @@ class Abduction:
 
     def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
         """Return w plus the difference of the prior means."""
-        means = [_prior_mean(self._module, z, codes) for codes in (self._target, self._source)]
+        means = [_prior_mean(self._module, z, side) for side in (self._target, self._source)]
         return w + means[0] - means[1]
 
 
 @torch.no_grad()
-def _prior_mean(module: DiscoverVAE, z: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    device = module.device
-    condition_index = torch.as_tensor(codes, device=device).expand(len(z), -1)
-    return module.prior(torch.as_tensor(z, device=device), condition_index).cpu().numpy()
+def _prior_mean(module: DiscoverVAE, z: np.ndarray, features: Tensor) -> np.ndarray:
+    mean = module.prior(torch.as_tensor(z).to(features), features.expand(len(z), -1))
+    return mean.cpu().numpy()
 
 
 class Blend:
@@ -252,8 +251,8 @@ class Blend:
 def choose_way(
     method: str,
     module: DiscoverVAE,
-    source_codes: np.ndarray,
-    target_codes: np.ndarray,
+    source: Tensor,
+    target: Tensor,
 ) -> tuple[Way, str]:
     """Return the way that a method names, not fitted, and what it consists of.
 
@@ -263,8 +262,8 @@ def choose_way(
         One of ``METHODS``.
     module
         The trained module, whose prior some ways use.
-    source_codes, target_codes
-        Condition codes, ``int64`` of shape ``(n_condition_keys,)``.
+    source, target
+        Condition features, shape ``(1, n_features)``, on the module's device.
 
     Returns
     -------
@@ -275,10 +274,10 @@ def choose_way(
     ValueError
         If there is no such method.
     """
-    abduction = Abduction(module, source_codes, target_codes)
+    abduction = Abduction(module, source, target)
     ways = {
         "shift": Shift(),
-        "prior": Prior(module, target_codes),
+        "prior": Prior(module, target),
         "abduction": abduction,
         "neighbors": Neighbors(),
         "groups": Groups(),

@@ -1,6 +1,7 @@
 """Names under which tensors travel between the data loader, the module and the model."""
 
 CONDITION_KEY = "condition"
+DOSE_KEY = "dose"
 
 Z_KEY = "z"
 W_KEY = "w"

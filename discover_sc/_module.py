@@ -11,8 +11,10 @@ from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNe
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import nn
 
+from ._conditions import Conditions
 from ._keys import (
     CONDITION_KEY,
+    DOSE_KEY,
     LIBRARY_KEY,
     PW_KEY,
     PX_KEY,
@@ -50,6 +52,11 @@ class DiscoverVAE(BaseModuleClass):
     condition_targets
         One tensor per condition key, ``(n_labels or 1, n_levels)``, rows summing to 1: what is
         known of the condition without the latent, given the label or not.
+    designs
+        One tensor per condition key, ``(n_levels, n_columns)``: how each level is described to
+        the networks (:class:`~discover_sc._conditions.Conditions`); None: levels share nothing.
+    dose_scales
+        Doses of half response, ``(n_responses,)``; None where no dose is registered.
     n_batch
         Number of batches.
     n_cats_per_cov
@@ -76,6 +83,8 @@ class DiscoverVAE(BaseModuleClass):
         self,
         n_input: int,
         condition_targets: Sequence[Tensor],
+        designs: Sequence[Tensor] | None = None,
+        dose_scales: Tensor | None = None,
         n_batch: int = 1,
         n_cats_per_cov: Sequence[int] = (),
         n_continuous_cov: int = 0,
@@ -113,11 +122,13 @@ class DiscoverVAE(BaseModuleClass):
             self.register_buffer(f"condition_target_{key}", target)
         self.register_buffer("library_scale", torch.tensor(library_scale or 1.0))
 
+        self.conditions = Conditions(designs or [torch.eye(n) for n in self.n_levels], dose_scales)
+        n_features = self.conditions.n_features
         sizes = (n_hidden, n_layers, dropout_rate)
         self.z_encoder = Encoder(n_input, n_latent, *sizes)
-        self.w_encoder = Encoder(n_input, n_latent_specific, *sizes, self.n_levels)
+        self.w_encoder = Encoder(n_input, n_latent_specific, *sizes, n_features)
         self.prior = (
-            LearnedPrior(n_latent, n_latent_specific, n_hidden, self.n_levels)
+            LearnedPrior(n_latent, n_latent_specific, n_hidden, n_features)
             if prior == "learned"
             else ClassMeanPrior(n_latent, self.n_levels)
         )
@@ -146,16 +157,21 @@ class DiscoverVAE(BaseModuleClass):
 
     # ------------------------------------------------------------------ inference
 
+    def condition_features(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Return what the networks are told of the conditions, ``(n_cells, n_features)``."""
+        condition_index = tensors[CONDITION_KEY].long()  # arrives as float32
+        return self.conditions(condition_index, tensors.get(DOSE_KEY))
+
     def _get_inference_input(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
         return {
             "x": tensors[REGISTRY_KEYS.X_KEY],
-            "condition_index": tensors[CONDITION_KEY].long(),  # arrives as float32
+            "condition_features": self.condition_features(tensors),
             "size_factor": tensors.get(REGISTRY_KEYS.SIZE_FACTOR_KEY),
         }
 
     @auto_move_data
     def inference(
-        self, x: Tensor, condition_index: Tensor, size_factor: Tensor | None = None
+        self, x: Tensor, condition_features: Tensor, size_factor: Tensor | None = None
     ) -> dict[str, Tensor | torch.distributions.Normal]:
         """Return the posteriors of z and w, one draw of each, and the log library size.
 
@@ -163,14 +179,14 @@ class DiscoverVAE(BaseModuleClass):
         ----------
         x
             Expression of shape ``(n_cells, n_genes)``.
-        condition_index
-            Codes, ``int64`` of shape ``(n_cells, n_condition_keys)``.
+        condition_features
+            Shape ``(n_cells, n_features)``.
         size_factor
             Positive, of shape ``(n_cells, 1)``, or None: the total count of the cell.
         """
         encoded = self._transform(x)
-        qz = self.z_encoder(encoded, condition_index)
-        qw = self.w_encoder(encoded, condition_index)
+        qz = self.z_encoder(encoded)
+        qw = self.w_encoder(encoded, condition_features)
         total = x.sum(-1, keepdim=True) if size_factor is None else size_factor
         return {
             QZ_KEY: qz,
@@ -188,9 +204,10 @@ class DiscoverVAE(BaseModuleClass):
         self, tensors: dict[str, Tensor], latent: Literal["z", "w"]
     ) -> torch.distributions.Normal:
         """Return the posterior of one latent of a minibatch, at the cost of one encoder."""
-        encoder = self.z_encoder if latent == "z" else self.w_encoder
         x = self._transform(tensors[REGISTRY_KEYS.X_KEY])
-        return encoder(x, tensors[CONDITION_KEY].long())
+        if latent == "z":
+            return self.z_encoder(x)
+        return self.w_encoder(x, self.condition_features(tensors))
 
     # ----------------------------------------------------------------- generative
 
@@ -211,7 +228,7 @@ class DiscoverVAE(BaseModuleClass):
             "z": inference_outputs[Z_KEY],
             "w": inference_outputs[W_KEY],
             "library": inference_outputs[LIBRARY_KEY],
-            "condition_index": tensors[CONDITION_KEY].long(),
+            "condition_features": self.condition_features(tensors),
             "batch_index": batch_index,
             "categories": categories,
             "continuous": continuous,
@@ -223,7 +240,7 @@ class DiscoverVAE(BaseModuleClass):
         z: Tensor,
         w: Tensor,
         library: Tensor,
-        condition_index: Tensor,
+        condition_features: Tensor,
         batch_index: Tensor,
         categories: Tensor,
         continuous: Tensor | None,
@@ -236,7 +253,7 @@ class DiscoverVAE(BaseModuleClass):
                 self.decoder(torch.cat([z, w], dim=-1), *covariates), library, theta
             ),
             PX_SHARED_KEY: self._likelihood(self.shared_decoder(z, *covariates), library, theta),
-            PW_KEY: self.prior(z, condition_index),
+            PW_KEY: self.prior(z, condition_features),
             THETA_KEY: theta,
         }
 
@@ -291,8 +308,8 @@ class DiscoverVAE(BaseModuleClass):
         kl_z = kl_to_standard_normal(inference_outputs[QZ_KEY])
         kl_w = kl_to_unit_normal(inference_outputs[QW_KEY], generative_outputs[PW_KEY])
         if self.training:
-            condition_index = tensors[CONDITION_KEY].long()
-            self.prior.update(inference_outputs[QZ_KEY].loc.detach(), condition_index)
+            qz = inference_outputs[QZ_KEY]
+            self.prior.update(qz.loc.detach(), self.condition_features(tensors))
         loss = (
             self.reconstruction_weight * reconstruction
             + self.shared_reconstruction_weight * shared

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
+from ._conditions import ConditionVectors
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -60,6 +62,15 @@ class HiddenLayers(nn.Module):
 
     Batch normalisation is not a detail: with layer normalisation the adversarial game oscillated
     and the cell type was lost from `z`.
+
+    Parameters
+    ----------
+    n_input, n_hidden, n_layers
+        Width of the input, width and number of the layers.
+    dropout_rate
+        In [0, 1).
+    covariates
+        What maps covariates into the first layer; None where there are none.
     """
 
     def __init__(
@@ -68,12 +79,11 @@ class HiddenLayers(nn.Module):
         n_hidden: int,
         n_layers: int,
         dropout_rate: float,
-        n_cats_per_key: Sequence[int] = (),
-        n_continuous: int = 0,
+        covariates: Covariates | ConditionVectors | None = None,
     ) -> None:
         super().__init__()
         self.first = nn.Linear(n_input, n_hidden)
-        self.covariates = Covariates(n_cats_per_key, n_continuous, n_hidden)
+        self.covariates = covariates
         self.activation = _activation(n_hidden, dropout_rate)
         self.rest = nn.Sequential(
             *(
@@ -82,9 +92,12 @@ class HiddenLayers(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, categories: Tensor, continuous: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *covariates: Tensor | None) -> Tensor:
         """Return the last hidden layer, ``(n_cells, n_hidden)``."""
-        return self.rest(self.activation(self.first(x) + self.covariates(categories, continuous)))
+        first = self.first(x)
+        if self.covariates is not None:
+            first = first + self.covariates(*covariates)
+        return self.rest(self.activation(first))
 
 
 def _activation(n_hidden: int, dropout_rate: float) -> nn.Sequential:
@@ -103,16 +116,17 @@ class Encoder(nn.Module):
         n_hidden: int,
         n_layers: int,
         dropout_rate: float,
-        n_cats_per_key: Sequence[int] = (),
+        n_features: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.hidden = HiddenLayers(n_input, n_hidden, n_layers, dropout_rate, n_cats_per_key)
+        conditions = ConditionVectors(n_features, n_hidden) if n_features else None
+        self.hidden = HiddenLayers(n_input, n_hidden, n_layers, dropout_rate, conditions)
         self.loc = nn.Linear(n_hidden, n_output)
         self.log_var = nn.Linear(n_hidden, n_output)
 
-    def forward(self, x: Tensor, categories: Tensor) -> Normal:
+    def forward(self, x: Tensor, *condition_features: Tensor) -> Normal:
         """Return the posterior over ``(n_cells, n_output)``."""
-        hidden = self.hidden(x, categories)
+        hidden = self.hidden(x, *condition_features)
         scale = torch.exp(0.5 * self.log_var(hidden)) + _MIN_SCALE
         return Normal(self.loc(hidden), scale, validate_args=False)
 
@@ -130,7 +144,8 @@ class Decoder(nn.Module):
         n_continuous: int,
     ) -> None:
         super().__init__()
-        self.hidden = HiddenLayers(n_latent, n_hidden, n_layers, 0.0, n_cats_per_key, n_continuous)
+        covariates = Covariates(n_cats_per_key, n_continuous, n_hidden)
+        self.hidden = HiddenLayers(n_latent, n_hidden, n_layers, 0.0, covariates)
         self.output = nn.Linear(n_hidden, n_output)
 
     def forward(self, latent: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:

@@ -154,7 +154,11 @@ def _fit_way(
     """Return a way fitted on the latents of the training cells, and its description."""
     target_codes = source_codes.copy()
     target_codes[list(target)] = list(target.values())
-    way, description = choose_way(method, model.module, source_codes, target_codes)
+    features = (
+        model.module.conditions(torch.as_tensor(codes).unsqueeze(0))
+        for codes in (source_codes, target_codes)
+    )
+    way, description = choose_way(method, model.module, *features)
     trained = model.reference_
     codes = trained["condition_codes"][:, list(target)]
     reference = Reference(

@@ -39,6 +39,7 @@ def growing(z):
     return np.stack([z[:, 0], np.zeros(len(z))], axis=1)
 
 
+SOURCE, TARGET = torch.eye(2).split(1)
 SOURCE_Z = np.array([[0.0, 0.0], [3.0, 0.0], [6.0, 0.0]], dtype="float32")
 SOURCE_W = np.array([[5.0, 5.0], [0.0, 0.0], [-1.0, 2.0]], dtype="float32")
 
@@ -130,12 +131,12 @@ def module():
 
 def prior_mean(module, code):
     with torch.no_grad():
-        codes = torch.full((3, 1), code)
-        return module.prior(torch.as_tensor(SOURCE_Z), codes).numpy()
+        features = torch.eye(2)[[code] * 3]
+        return module.prior(torch.as_tensor(SOURCE_Z), features).numpy()
 
 
 def test_prior_forgets_w_and_abduction_keeps_its_residual(module):
-    source, target = np.array([0]), np.array([1])
+    source, target = SOURCE, TARGET
     reference = make_reference(constant)
     replaced = Prior(module, target).fit(reference)(SOURCE_Z, SOURCE_W)
     np.testing.assert_allclose(replaced, prior_mean(module, 1), rtol=1e-5)
@@ -145,7 +146,7 @@ def test_prior_forgets_w_and_abduction_keeps_its_residual(module):
 
 
 def test_no_change_of_condition_is_no_change_of_w(module):
-    same = np.array([1])
+    same = TARGET
     kept = Abduction(module, same, same)(SOURCE_Z, SOURCE_W)
     np.testing.assert_allclose(kept, SOURCE_W, atol=1e-6)
 
@@ -159,7 +160,7 @@ def test_blend_is_the_mean_of_its_ways():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_way(module, method):
-    way, description = choose_way(method, module, np.array([0]), np.array([1]))
+    way, description = choose_way(method, module, SOURCE, TARGET)
     moved = way.fit(make_reference(constant))(SOURCE_Z, SOURCE_W)
     assert moved.shape == SOURCE_W.shape
     assert description
@@ -167,7 +168,7 @@ def test_every_method_has_a_way(module, method):
 
 def test_an_unknown_method_is_refused_with_the_known_ones(module):
     with pytest.raises(ValueError, match=r"method is 'ot'; methods are \['auto', 'shift'"):
-        choose_way("ot", module, np.array([0]), np.array([1]))
+        choose_way("ot", module, SOURCE, TARGET)
 
 
 def test_clusters_of_z_stand_for_groups():

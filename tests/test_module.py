@@ -122,8 +122,8 @@ def test_size_factors_replace_total_counts_up_to_scale():
     tensors = make_tensors()
     total = tensors[REGISTRY_KEYS.X_KEY].sum(1, keepdim=True)
     scaled = make_module(library_scale=10.0)
-    inputs = {"x": tensors[REGISTRY_KEYS.X_KEY], "condition_index": tensors[CONDITION_KEY].long()}
-    library = scaled.inference(**inputs, size_factor=total / 10)["library"]
+    inputs = scaled._get_inference_input(tensors) | {"size_factor": total / 10}
+    library = scaled.inference(**inputs)["library"]
     torch.testing.assert_close(library, torch.log(total))
 
 

@@ -50,11 +50,13 @@ def test_a_key_that_gains_categories_leaves_the_vectors_of_the_other_key_alone()
 
 def test_covariates_enter_before_the_batch_normalisation():
     # a vector common to all cells of a minibatch is then subtracted with the mean
-    hidden = HiddenLayers(5, 8, 1, 0.0, n_cats_per_key=[2]).train()
+    hidden = HiddenLayers(5, 8, 1, 0.0, Covariates([2], 0, 8)).train()
     x, same = draw(N_CELLS, 5), torch.zeros(N_CELLS, 1, dtype=torch.long)
-    torch.testing.assert_close(hidden(x, same), hidden(x, same + 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        hidden(x, same, None), hidden(x, same + 1, None), rtol=1e-4, atol=1e-5
+    )
     mixed = draw_codes(2)
-    assert not torch.allclose(hidden(x, mixed), hidden(x, same), atol=1e-3)
+    assert not torch.allclose(hidden(x, mixed, None), hidden(x, same, None), atol=1e-3)
 
 
 @pytest.mark.parametrize("n_layers", [1, 3])
@@ -62,23 +64,23 @@ def test_hidden_layers_have_as_many_linear_maps_as_asked_for(n_layers):
     hidden = HiddenLayers(5, 8, n_layers, 0.0).eval()
     linear = [m for m in hidden.modules() if isinstance(m, torch.nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(5, 8)] + [(8, 8)] * (n_layers - 1)
-    assert hidden(draw(N_CELLS, 5), NO_CATEGORIES).shape == (N_CELLS, 8)
+    assert hidden(draw(N_CELLS, 5)).shape == (N_CELLS, 8)
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation():
     hidden = HiddenLayers(5, 64, 1, 0.5)
     x = draw(N_CELLS, 5)
     hidden.train()
-    assert not torch.equal(hidden(x, NO_CATEGORIES), hidden(x, NO_CATEGORIES))
+    assert not torch.equal(hidden(x), hidden(x))
     hidden.eval()
-    torch.testing.assert_close(hidden(x, NO_CATEGORIES), hidden(x, NO_CATEGORIES))
+    torch.testing.assert_close(hidden(x), hidden(x))
 
 
 def test_encoder_returns_a_normal_whose_scale_is_the_root_of_the_variance_it_predicts():
     encoder = Encoder(5, 3, n_hidden=8, n_layers=1, dropout_rate=0.0).eval()
     x = draw(N_CELLS, 5)
-    posterior = encoder(x, NO_CATEGORIES)
-    variance = torch.exp(encoder.log_var(encoder.hidden(x, NO_CATEGORIES)))
+    posterior = encoder(x)
+    variance = torch.exp(encoder.log_var(encoder.hidden(x)))
     assert isinstance(posterior, Normal)
     assert posterior.loc.shape == (N_CELLS, 3)
     torch.testing.assert_close(posterior.scale, variance.sqrt(), rtol=0.0, atol=2e-4)
@@ -87,26 +89,26 @@ def test_encoder_returns_a_normal_whose_scale_is_the_root_of_the_variance_it_pre
 def test_encoder_scale_stays_positive_and_its_logarithm_finite():
     encoder = Encoder(5, 3, n_hidden=8, n_layers=1, dropout_rate=0.0).eval()
     torch.nn.init.constant_(encoder.log_var.bias, -1e4)
-    scale = encoder(draw(N_CELLS, 5), NO_CATEGORIES).scale
+    scale = encoder(draw(N_CELLS, 5)).scale
     torch.testing.assert_close(scale, torch.full((N_CELLS, 3), 1e-4))
 
 
 def test_encoder_of_w_is_told_the_condition():
-    encoder = Encoder(5, 3, 8, 1, 0.0, n_cats_per_key=[2, 3]).eval()
-    x, codes = draw(N_CELLS, 5), torch.zeros(N_CELLS, 2, dtype=torch.long)
-    other = codes.clone()
-    other[:4, 1] = 2
-    changed = (encoder(x, codes).loc != encoder(x, other).loc).any(dim=1)
+    encoder = Encoder(5, 3, 8, 1, 0.0, n_features=[2, 3]).eval()
+    x, features = draw(N_CELLS, 5), torch.zeros(N_CELLS, 5)
+    other = features.clone()
+    other[:4, 3] = 2
+    changed = (encoder(x, features).loc != encoder(x, other).loc).any(dim=1)
     assert changed.tolist() == [True] * 4 + [False] * (N_CELLS - 4)
 
 
 def test_permuted_cells_have_permuted_posteriors_and_outputs():
     order = torch.randperm(N_CELLS, generator=torch.Generator().manual_seed(2))
     x, codes, continuous = draw(N_CELLS, 5), draw_codes(3), draw(N_CELLS, 2)
-    encoder = Encoder(5, 3, 8, 2, 0.1, n_cats_per_key=[3]).eval()
+    encoder = Encoder(5, 3, 8, 2, 0.1, n_features=[2]).eval()
     decoder = Decoder(5, 7, 8, 2, [3], n_continuous=2).eval()
     torch.testing.assert_close(
-        encoder(x[order], codes[order]).scale, encoder(x, codes).scale[order]
+        encoder(x[order], continuous[order]).scale, encoder(x, continuous).scale[order]
     )
     torch.testing.assert_close(
         decoder(x[order], codes[order], continuous[order]), decoder(x, codes, continuous)[order]
