@@ -8,7 +8,7 @@ the change is never read off cells of which one side is missing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
@@ -192,6 +192,37 @@ class Linear:
         return w + treated - control
 
 
+COMPARING: dict[str, type[Way]] = {
+    "shift": Shift,
+    "neighbors": Neighbors,
+    "groups": Groups,
+    "linear": Linear,
+}
+
+
+class Parts:
+    """Add, each with its weight, the changes that one way sees under several parts.
+
+    The parts of a combination, or the measured doses on either side of the one asked for.
+    """
+
+    def __init__(self, way: type[Way], parts: Sequence[tuple[np.ndarray, float]]) -> None:
+        self._way = way
+        self._parts = parts  # reference cells under the part, (n_cells,), and its weight
+
+    def fit(self, reference: Reference) -> Parts:
+        """Fit the way once per part, with the part as target."""
+        self._ways = [
+            (self._way().fit(replace(reference, is_target=mask)), weight)
+            for mask, weight in self._parts
+        ]
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return w plus the parts' changes."""
+        return w + sum(weight * (way(z, w) - w) for way, weight in self._ways)
+
+
 class Prior:
     """Replace w by the model's prior mean under the target condition."""
 
@@ -253,6 +284,8 @@ def choose_way(
     module: DiscoverVAE,
     source: Tensor,
     target: Tensor,
+    parts: Sequence[tuple[np.ndarray, float]] | None = None,
+    compares: bool = True,
 ) -> tuple[Way, str]:
     """Return the way that a method names, not fitted, and what it consists of.
 
@@ -264,6 +297,10 @@ def choose_way(
         The trained module, whose prior some ways use.
     source, target
         Condition features, shape ``(1, n_features)``, on the module's device.
+    parts
+        Reference cells of each part that tells of the target, ``(n_cells,)``, and its weight.
+    compares
+        Whether there are reference cells on both sides; if not, ``"auto"`` asks the prior alone.
 
     Returns
     -------
@@ -274,22 +311,17 @@ def choose_way(
     ValueError
         If there is no such method.
     """
-    abduction = Abduction(module, source, target)
-    ways = {
-        "shift": Shift(),
-        "prior": Prior(module, target),
-        "abduction": abduction,
-        "neighbors": Neighbors(),
-        "groups": Groups(),
-        "linear": Linear(),
-    }
-    if method in ways:
-        return ways[method], method
-    if method != "auto":
+    if method not in METHODS:
         raise ValueError(
             f"method is {method!r}; methods are {list(METHODS)}. Choose one of them; "
             "'auto' is the default."
         )
-    if isinstance(module.prior, LearnedPrior):
-        return Blend([abduction, Neighbors(), Groups()]), "abduction + neighbors + groups"
-    return Blend([Neighbors(), Groups()]), "neighbors + groups"
+    learned = isinstance(module.prior, LearnedPrior)
+    abduction = Abduction(module, source, target)
+    ways = {"prior": Prior(module, target), "abduction": abduction}
+    for name, way in COMPARING.items():
+        ways[name] = way() if parts is None else Parts(way, parts)
+    if method != "auto":
+        return ways[method], method
+    names = (["abduction"] if learned else []) + (["neighbors", "groups"] if compares else [])
+    return Blend([ways[name] for name in names]), " + ".join(names)

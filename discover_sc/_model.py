@@ -19,7 +19,8 @@ from scvi.data.fields import (
 )
 from scvi.model.base import BaseModelClass
 
-from ._keys import CONDITION_KEY
+from ._keys import CONDITION_KEY, DOSE_KEY
+from ._levels import DescribedLevels, Levels, checked_table
 from ._module import DiscoverVAE
 from ._readout import ReadoutMixin
 from ._training import TrainingMixin
@@ -27,6 +28,7 @@ from .data._checks import (
     check_columns,
     check_conditions,
     check_counts,
+    check_doses,
     check_finite,
     check_finite_columns,
     check_names,
@@ -37,6 +39,9 @@ from .data._checks import (
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+_SEPARATOR = "combination_separator"
+_N_RESPONSES = 4  # doses of half response; more of them hardly differ in shape
 
 
 class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
@@ -159,9 +164,14 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             )
         if gene_likelihood != "normal":
             check_counts(self.adata, self._layer)
+        self._condition_levels = self._levels_of_keys()
+        if prior == "class_mean":
+            _check_plain_levels(self._condition_levels, self.dose_key)
         self.module = self._module_cls(
             n_input=self.summary_stats.n_vars,
             condition_targets=self._condition_targets(given_label=invariance == "conditional"),
+            designs=[torch.as_tensor(levels.design) for levels in self._condition_levels],
+            dose_scales=self._dose_scales(),
             n_batch=self.summary_stats.n_batch,
             n_cats_per_cov=self._n_cats_per_covariate(),
             n_continuous_cov=self.summary_stats.get("n_extra_continuous_covs", 0),
@@ -190,6 +200,7 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             f"adversary_input: {adversary_input}, invariance: {invariance}, decoder: {decoder}"
         )
         self.reference_ = None
+        self.doses_ = self._measured_doses()
         self.init_params_ = self._get_init_params(locals())
 
     # ----------------------------------------------------------------------- setup
@@ -205,6 +216,9 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
         size_factor_key: str | None = None,
         categorical_covariate_keys: list[str] | None = None,
         continuous_covariate_keys: list[str] | None = None,
+        combination_separator: str | None = "+",
+        condition_embedding: str | None = None,
+        dose_key: str | None = None,
         source_registry: dict | None = None,
     ) -> None:
         """Register the columns and the layer that the model reads.
@@ -229,6 +243,15 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             Column with positive size factors; only their ratios matter. None: total counts.
         categorical_covariate_keys, continuous_covariate_keys
             Columns with further covariates that both decoders are told.
+        combination_separator
+            What stands between the parts of a combined condition: ``A+B`` shares what is learned
+            of ``A`` and of ``B``, in any order. None: every level stands for itself.
+        condition_embedding
+            Key of ``adata.uns`` with a DataFrame of levels x features that describes every level
+            of the (first) condition key; new levels can then be predicted from a description.
+        dose_key
+            Column with the dose, or the time, of the (first) condition key: not negative, 0 for
+            untreated cells. Each treatment learns its own response.
         source_registry
             Registry of a saved model; passed by :meth:`load`.
 
@@ -238,9 +261,14 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             If a column or the layer does not exist.
         ValueError
             If values are NaN or infinite, a condition is missing for a cell, there are fewer than
-            two conditions or one has fewer than 3 cells, a size factor is not positive, names are
-            not unique or the selection is empty.
+            two conditions or one has fewer than 3 cells, a combination repeats a part or is there
+            in two orders, a description or a dose cannot be used, a size factor is not positive,
+            names are not unique or the selection is empty.
+        TypeError
+            If the description is no DataFrame.
         """
+        if source_registry is not None and _SEPARATOR not in source_registry["setup_args"]:
+            combination_separator = None  # saved before combinations were known
         setup_method_args = cls._get_setup_method_args(**locals())
         del setup_method_args["setup_args"]["source_registry"]
         condition_keys = _as_list(condition_key)
@@ -250,6 +278,14 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
         _check_overlap(columns)
         if source_registry is None:
             check_conditions(adata, condition_keys)
+            for key in condition_keys:
+                Levels(key, _names(adata, key), combination_separator)
+            check_doses(adata, dose_key)
+            if condition_embedding is not None:
+                setup_args = setup_method_args["setup_args"]
+                setup_args["condition_embedding"] = _described(
+                    adata, condition_keys[0], condition_embedding
+                )
         _check_if_view(adata, copy_if_view=True)
         fields = [
             LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=False),
@@ -257,6 +293,7 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key),
             CategoricalObsField(REGISTRY_KEYS.LABELS_KEY, labels_key),
             NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key, required=False),
+            NumericalObsField(DOSE_KEY, dose_key, required=False),
             CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical_covariate_keys),
             NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous_covariate_keys),
         ]
@@ -294,6 +331,45 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
         """Levels of each condition key as they stand in the column, of its own type."""
         mappings = self.adata_manager.get_state_registry(CONDITION_KEY).mappings
         return {key: mappings[key] for key in self.condition_keys}
+
+    def _levels_of_keys(self) -> list[Levels]:
+        """Return the levels of each condition key and their design."""
+        separator, table = self._setup_args[_SEPARATOR], self._setup_args["condition_embedding"]
+        keys = [Levels(key, names, separator) for key, names in self.conditions.items()]
+        if table is not None:
+            keys[0] = DescribedLevels(keys[0].key, keys[0].names, table)
+        return keys
+
+    @property
+    def dose_key(self) -> str | None:
+        """Column of ``adata.obs`` that holds the dose, if one was registered."""
+        return self._setup_args["dose_key"]
+
+    def _doses_of(self, adata: AnnData) -> np.ndarray | None:
+        """Return the doses of registered cells, ``(n_cells,)``; None without ``dose_key``."""
+        if self.dose_key is None:
+            return None
+        return np.asarray(self.get_from_registry(adata, DOSE_KEY), dtype=np.float32).ravel()
+
+    def _measured_doses(self) -> dict[str, list[float]] | None:
+        """Return the doses at which each level of the first key was measured."""
+        doses = self._doses_of(self.adata)
+        if doses is None:
+            return None
+        codes = self._condition_codes()[:, 0]
+        return {
+            level: np.unique(doses[codes == code]).tolist()
+            for code, level in enumerate(self._condition_levels[0].names)
+        }
+
+    def _dose_scales(self) -> torch.Tensor | None:
+        """Return doses of half response, evenly spread in log dose over the measured ones."""
+        doses = self._doses_of(self.adata)
+        if doses is None:
+            return None
+        positive = doses[doses > 0]
+        low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+        return torch.as_tensor(np.geomspace(low, high, _N_RESPONSES), dtype=torch.float32)
 
     def _condition_codes(self, adata: AnnData | None = None) -> np.ndarray:
         """Return the codes of registered cells, ``int64`` of shape ``(n_cells, n_keys)``."""
@@ -424,6 +500,20 @@ def _as_list(condition_key: str | list[str]) -> list[str]:
     return keys
 
 
+def _names(adata: AnnData, key: str) -> list[str]:
+    return list(adata.obs[key].astype(str).unique())
+
+
+def _described(adata: AnnData, key: str, embedding: str) -> dict:
+    """Return the checked descriptions of the levels of a key."""
+    if embedding not in adata.uns:
+        raise KeyError(
+            f"condition_embedding: {embedding!r} is not in adata.uns; there are "
+            f"{sorted(map(str, adata.uns))}. Put a DataFrame of levels x features there."
+        )
+    return checked_table(adata.uns[embedding], embedding, _names(adata, key))
+
+
 def _columns(setup_args: dict) -> dict[str, str | list[str] | None]:
     """Return the columns of ``adata.obs`` that set-up arguments name."""
     return {name: columns for name, columns in setup_args.items() if "_key" in name}
@@ -434,8 +524,8 @@ def _check_columns_of(adata: AnnData, columns: dict[str, str | list[str] | None]
     check_names(adata)
     check_columns(adata, **columns)
     check_no_missing(adata, **columns)
-    continuous = ("size_factor_key", "continuous_covariate_keys")
-    check_finite_columns(adata, **{name: columns[name] for name in continuous})
+    continuous = ("size_factor_key", "continuous_covariate_keys", "dose_key")
+    check_finite_columns(adata, **{name: columns.get(name) for name in continuous})
     _check_size_factor(adata, columns["size_factor_key"])
 
 
@@ -467,6 +557,22 @@ def _check_known_levels(adata: AnnData, registry: dict) -> None:
                 f"Levels {unknown} of adata.obs[{key!r}] are not known to the model; known are "
                 f"{levels}. Remove these cells, train with them, or put one of the known levels "
                 "there to decode as if they were of it."
+            )
+
+
+def _check_plain_levels(keys: list[Levels], dose_key: str | None) -> None:
+    """Refuse parts, descriptions and doses under a prior that keeps one mean per level."""
+    if dose_key is not None or isinstance(keys[0], DescribedLevels):
+        raise ValueError(
+            "prior='class_mean' keeps one mean per level and reads neither doses nor descriptions. "
+            "Choose prior='learned', or set up the model without dose_key and condition_embedding."
+        )
+    for levels in keys:
+        if levels.combines:
+            raise ValueError(
+                f"Levels of {levels.key!r} are combinations, which prior='class_mean' cannot take "
+                "apart; it keeps one mean per level. Choose prior='learned', or switch "
+                "combinations off with combination_separator=None in setup_anndata."
             )
 
 

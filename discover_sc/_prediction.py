@@ -13,9 +13,11 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
-from ._counterfactual import Reference, Way, choose_way, cluster_groups
+from ._counterfactual import COMPARING, Reference, Way, choose_way, cluster_groups
 from ._expression import expression_of
 from ._keys import LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
+from ._priors import LearnedPrior
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._model import DISCoVeR
+    from ._target import Target
 
-_WAYS_OF_THE_PRIOR = ("prior", "abduction")
 _ANCHOR_CELLS = 50  # source cells at which the anchor has half of its weight
 _ANCHOR_LIBRARY = 1e4  # scale, in counts, on which log1p profiles are compared
 
@@ -32,7 +34,7 @@ _ANCHOR_LIBRARY = 1e4  # scale, in counts, on which log1p profiles are compared
 def predict_counterfactual(
     model: DISCoVeR,
     adata: ad.AnnData,
-    to: str | dict[str, str],
+    target: Target,
     method: str,
     n_samples: int,
     interval: float,
@@ -42,16 +44,15 @@ def predict_counterfactual(
 ) -> ad.AnnData:
     """Predict source cells under another condition; see the model's method."""
     _check_numbers(n_samples, interval, library_size)
-    target = _target_levels(model, to)
     source = model._validate_anndata(_own_copy(adata) if adata.is_view else adata)
     try:
         result = _empty_result(model, source)
         groups = _Groups(model, source)
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
-            for codes, cells in _cells_by_source(model, source):
-                way, description = _fit_way(model, method, codes, target, groups.of_reference)
-                result.ways["+".join(_level_names(model, codes))] = description
+            for codes, dose, cells in _cells_by_source(model, source):
+                way, description = _fit_way(model, method, codes, dose, target, groups.of_reference)
+                result.ways[_source_name(model, codes, dose)] = description
                 anchor = None
                 if method == "auto" and model.module.gene_likelihood != "normal":
                     anchor = _Anchor(model, source, cells, groups.of_source, batch_size)
@@ -101,40 +102,20 @@ def _own_copy(view: ad.AnnData) -> ad.AnnData:
     return view.to_memory() if view.isbacked else view.copy()
 
 
-def _target_levels(model: DISCoVeR, to: str | dict[str, str]) -> dict[int, int]:
-    """Return the code asked for of each key that is asked for, by the key's position."""
-    conditions = model.conditions
-    if not isinstance(to, dict):
-        if len(conditions) > 1:
-            raise ValueError(
-                f"to is {to!r} and there are several condition keys, {list(conditions)}. Say "
-                "which: to={key: level}."
-            )
-        to = {next(iter(conditions)): to}
-    target = {}
-    for key, level in to.items():
-        if key not in conditions:
-            raise ValueError(
-                f"to names the key {key!r}; condition keys are {list(conditions)}. Use one of them."
-            )
-        if str(level) not in conditions[key]:
-            raise ValueError(
-                f"Condition {level!r} of {key!r} is not known; known are {conditions[key]}. Choose "
-                "one of them, or train with cells of that condition."
-            )
-        target[list(conditions).index(key)] = conditions[key].index(str(level))
-    if not target:
-        raise ValueError(f"to is empty; name a level of one of {list(conditions)}.")
-    return target
-
-
 def _cells_by_source(
     model: DISCoVeR, source: ad.AnnData
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield each combination of condition codes among the source cells, and its cells."""
-    codes = model._condition_codes(source)
-    for combination in np.unique(codes, axis=0):
-        yield combination, np.flatnonzero((codes == combination).all(axis=1))
+) -> Iterator[tuple[np.ndarray, float | None, np.ndarray]]:
+    """Yield each combination of condition codes (and dose) of source cells, and its cells."""
+    codes, doses = model._condition_codes(source), model._doses_of(source)
+    columns = codes if doses is None else np.column_stack([codes, doses])
+    for combination in np.unique(columns, axis=0):
+        cells = np.flatnonzero((columns == combination).all(axis=1))
+        yield codes[cells[0]], None if doses is None else float(doses[cells[0]]), cells
+
+
+def _source_name(model: DISCoVeR, codes: np.ndarray, dose: float | None) -> str:
+    name = "+".join(_level_names(model, codes))
+    return name if dose is None else f"{name} at {dose:g}"
 
 
 def _level_names(model: DISCoVeR, codes: np.ndarray) -> list[str]:
@@ -148,37 +129,31 @@ def _fit_way(
     model: DISCoVeR,
     method: str,
     source_codes: np.ndarray,
-    target: dict[int, int],
+    source_dose: float | None,
+    target: Target,
     groups: np.ndarray,
 ) -> tuple[Way, str]:
     """Return a way fitted on the latents of the training cells, and its description."""
-    target_codes = source_codes.copy()
-    target_codes[list(target)] = list(target.values())
-    features = (
-        model.module.conditions(torch.as_tensor(codes).unsqueeze(0))
-        for codes in (source_codes, target_codes)
-    )
-    way, description = choose_way(method, model.module, *features)
     trained = model.reference_
-    codes = trained["condition_codes"][:, list(target)]
+    codes, doses = trained["condition_codes"], trained.get("doses")
     reference = Reference(
         z=trained["z"],
         w=trained["w"],
-        is_source=(codes == source_codes[list(target)]).all(axis=1),
-        is_target=(codes == target_codes[list(target)]).all(axis=1),
+        is_source=target.is_source(codes, doses, source_codes, source_dose),
+        is_target=target.is_target(codes),
         groups=groups,
     )
-    if method not in _WAYS_OF_THE_PRIOR:
-        for side, codes in (
-            (reference.is_source, source_codes),
-            (reference.is_target, target_codes),
-        ):
-            if not side.any():
-                raise ValueError(
-                    f"The model was set up with no cell under {_level_names(model, codes)}, which "
-                    f"method={method!r} compares. Ask for one key at a time, or use "
-                    "method='abduction', which asks the learned prior."
-                )
+    parts = target.parts(codes, doses, source_codes)
+    compares = reference.is_source.any() and (parts is not None or reference.is_target.any())
+    if not compares and (method in COMPARING or not isinstance(model.module.prior, LearnedPrior)):
+        missing = target.name() if reference.is_source.any() else _level_names(model, source_codes)
+        raise ValueError(
+            f"The model was set up with no cell under {missing}, which method={method!r} compares "
+            "with others. Ask for one key at a time, or use method='abduction', which asks the "
+            "learned prior."
+        )
+    features = target.features(model, source_codes, source_dose)
+    way, description = choose_way(method, model.module, *features, parts, compares)
     return way.fit(reference), description
 
 
@@ -327,7 +302,7 @@ def _finish(
     model: DISCoVeR,
     source: ad.AnnData,
     result: _Result,
-    target: dict[int, int],
+    target: Target,
     n_samples: int,
     interval: float,
     library_size: float,
@@ -337,16 +312,17 @@ def _finish(
     own = [name for name in source.obs if not name.startswith("_scvi")]
     obs = source.obs[own].copy()
     asked = {}
-    for position, code in target.items():
-        key, levels = list(model.conditions.items())[position]
-        asked[key] = levels[code]
-        if f"{key}_source" in obs:
-            raise ValueError(
-                f"adata.obs has a column {key}_source, which the prediction would overwrite with "
-                "the condition that each cell came from. Rename it."
-            )
-        obs[f"{key}_source"] = obs[key]
-        obs[key] = pd.Categorical.from_codes([code] * len(obs), categories=model._levels[key])
+    for position, level in target.asked.items():
+        key = model.condition_keys[position]
+        asked[key] = level
+        _keep_source(obs, key)
+        levels, code = list(model._levels[key]), target.codes[position]
+        levels, code = (levels, code) if code is not None else ([*levels, level], len(levels))
+        obs[key] = pd.Categorical.from_codes([code] * len(obs), categories=levels)
+    if target.dose is not None:
+        asked[model.dose_key] = target.dose
+        _keep_source(obs, model.dose_key)
+        obs[model.dose_key] = target.dose
     prediction = ad.AnnData(result.mean, obs, source.var.copy())
     prediction.layers["lower"], prediction.layers["upper"] = result.lower, result.upper
     order = np.argsort(np.concatenate([rows for rows, _ in result.counts]))
@@ -362,3 +338,26 @@ def _finish(
         "seed": seed,
     }
     return prediction
+
+
+def _keep_source(obs: pd.DataFrame, key: str) -> None:
+    """Keep, beside the condition or dose predicted, the one that each cell came from."""
+    if f"{key}_source" in obs:
+        raise ValueError(
+            f"adata.obs has a column {key}_source, which the prediction would overwrite with "
+            "the condition that each cell came from. Rename it."
+        )
+    obs[f"{key}_source"] = obs[key]
+
+
+def concatenated(predictions: list[ad.AnnData], targets: list[Target]) -> ad.AnnData:
+    """Return predictions under several levels below each other, cells named by their level."""
+    if len(predictions) == 1:
+        return predictions[0]
+    joined = ad.concat(predictions, merge="same", uns_merge=None)
+    names = [
+        [f"{n}-{target.asked[0]}" for n in p.obs_names]
+        for p, target in zip(predictions, targets, strict=True)
+    ]
+    joined.obs_names = np.concatenate(names)
+    return joined

@@ -10,7 +10,8 @@ import torch
 
 from ._expression import expected_expression, sorted_cells
 from ._keys import OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY
-from ._prediction import predict_counterfactual
+from ._prediction import concatenated, predict_counterfactual
+from ._target import targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -231,7 +232,8 @@ class ReadoutMixin:
     def predict_counterfactual(
         self,
         adata: AnnData,
-        to: str | dict[str, str],
+        to: str | dict[str, str] | pd.DataFrame,
+        dose: float | None = None,
         method: Method = "auto",
         n_samples: int = 25,
         interval: float = 0.9,
@@ -247,7 +249,11 @@ class ReadoutMixin:
             *Source* cells, for example the controls of a cell type that was never treated.
         to
             Level of the condition, or ``{condition_key: level}``; keys that are not named keep
-            each cell's level.
+            each cell's level. A combination of known parts (``"A+B"``) need not be registered.
+            After ``condition_embedding``, also a DataFrame that describes new levels (levels x
+            features): the cells are returned once under each.
+        dose
+            Dose of the level, after ``dose_key``; None: the only one that was measured.
         method
             How w is replaced; see the user guide. ``"shift"`` adds the mean change of w,
             ``"groups"`` that of the groups whose source cells look alike in w, ``"neighbors"``
@@ -281,11 +287,18 @@ class ReadoutMixin:
         Raises
         ------
         ValueError
-            If a level, key or method is unknown, or an argument out of range.
+            If a level, key or method is unknown, an argument is out of range, or a dose does not
+            fit.
+
+        Warns
+        -----
+        UserWarning
+            If the dose lies outside of the measured range of the level.
         """
         self._check_if_trained(warn=False, message=_UNTRAINED)
         if self.reference_ is None:  # training was interrupted
             self.reference_ = self._encode_reference()
-        return predict_counterfactual(
-            self, adata, to, method, n_samples, interval, library_size, batch_size, seed
-        )
+        targets = targets_of(self, to, dose)
+        options = (method, n_samples, interval, library_size, batch_size, seed)
+        predictions = [predict_counterfactual(self, adata, t, *options) for t in targets]
+        return concatenated(predictions, targets)

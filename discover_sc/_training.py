@@ -146,6 +146,7 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             "z": self.get_latent_representation(latent="z", indices=cells),
             "w": self.get_latent_representation(latent="w", indices=cells),
             "condition_codes": self._condition_codes()[cells],
+            "doses": None if (doses := self._doses_of(self.adata)) is None else doses[cells],
             "labels": labels,
         }
 

@@ -2,6 +2,7 @@
 
 from ._conservation import kmeans_ari, kmeans_nmi
 from ._counterfactual import (
+    additive_shift,
     change_pearson,
     counterfactual_scores,
     counterfactual_table,
@@ -16,6 +17,7 @@ from ._invariance import chance_accuracy, condition_probes, probe_accuracy
 from ._report import report
 
 __all__ = [
+    "additive_shift",
     "chance_accuracy",
     "change_pearson",
     "condition_probes",

@@ -1,0 +1,242 @@
+"""What a prediction asks for: levels of condition keys, registered or not."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from scvi import settings
+
+from ._levels import DescribedLevels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ._levels import Levels
+    from ._model import DISCoVeR
+
+_MIN_DOSE_CELLS = 5
+
+
+@dataclass(frozen=True)
+class Target:
+    """Levels asked for; keys that are not asked for keep each cell's level.
+
+    Parameters
+    ----------
+    keys
+        Levels of each condition key that the model knows, by the key's position.
+    asked
+        Level asked for, by the key's position.
+    described
+        Row of each level asked for that was only described, by the key's position.
+    dose
+        Dose asked for; None: the source's, or none is registered.
+    """
+
+    keys: list[Levels]
+    asked: dict[int, str]
+    described: dict[int, np.ndarray] = field(default_factory=dict)
+    dose: float | None = None
+
+    @property
+    def codes(self) -> dict[int, int | None]:
+        """Code of each level asked for; None where it is not registered."""
+        return {
+            position: None if position in self.described else self.keys[position].code(level)
+            for position, level in self.asked.items()
+        }
+
+    def name(self) -> list[str]:
+        """Return the levels asked for."""
+        return list(self.asked.values())
+
+    def source_row(self, source_codes: np.ndarray) -> np.ndarray:
+        """Return the design row of source cells, ``(n_columns of all keys,)``."""
+        return np.concatenate(
+            [levels.design[code] for levels, code in zip(self.keys, source_codes, strict=True)]
+        )
+
+    def row(self, source_codes: np.ndarray) -> np.ndarray:
+        """Return the design row that is asked for, ``(n_columns of all keys,)``."""
+        return np.concatenate(
+            [self._row(position, code) for position, code in enumerate(source_codes)]
+        )
+
+    def _row(self, position: int, source_code: int) -> np.ndarray:
+        levels = self.keys[position]
+        if position in self.described:
+            return self.described[position]
+        if position in self.asked:
+            return levels.row(self.asked[position], source=levels.names[source_code])
+        return levels.design[source_code]
+
+    def features(
+        self, model: DISCoVeR, source_codes: np.ndarray, source_dose: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the networks are told of source and target, ``(1, n_features)`` each."""
+        conditions = model.module.conditions
+        rows = torch.as_tensor(
+            np.stack([self.source_row(source_codes), self.row(source_codes)]), device=model.device
+        )
+        doses = None
+        if source_dose is not None:
+            dose = source_dose if self.dose is None else self.dose
+            doses = torch.tensor([[source_dose], [dose]], device=model.device)
+        features = conditions.respond(rows, doses)
+        return features[:1], features[1:]
+
+    # --------------------------------------------------------------- reference cells
+
+    def is_source(
+        self,
+        codes: np.ndarray,
+        doses: np.ndarray | None,
+        source_codes: np.ndarray,
+        source_dose: float | None,
+    ) -> np.ndarray:
+        """Return which cells are under the source's levels (and dose) of the keys asked for."""
+        mask = self._under(codes, {k: source_codes[k] for k in self.asked})
+        return mask if doses is None or 0 not in self.asked else mask & (doses == source_dose)
+
+    def is_target(self, codes: np.ndarray) -> np.ndarray:
+        """Return which cells are under the levels asked for; none if one is not registered."""
+        return self._under(codes, self.codes)
+
+    @staticmethod
+    def _under(codes: np.ndarray, wanted: dict[int, int | None]) -> np.ndarray:
+        if None in wanted.values():
+            return np.zeros(len(codes), dtype=bool)
+        return (codes[:, list(wanted)] == list(wanted.values())).all(axis=1)
+
+    def parts(
+        self, codes: np.ndarray, doses: np.ndarray | None, source_codes: np.ndarray
+    ) -> list[tuple[np.ndarray, float]] | None:
+        """Return the cells that say something of the target by parts, and the part's weight.
+
+        For a combination that is not registered, the cells under each part; for a dose, those at
+        the nearest measured doses on either side. None if the target has cells itself, or no
+        cells can say it: a part has none of its own, or is among the source's own parts.
+        """
+        if self.dose is not None:
+            return _between_doses(doses, self.is_target(codes), self.dose)
+        unknown = [position for position, code in self.codes.items() if code is None]
+        if len(unknown) != 1 or self.described:
+            return None
+        levels = self.keys[unknown[0]]
+        parts = levels.parts(self.asked[unknown[0]])
+        source_parts = levels.parts(levels.names[source_codes[unknown[0]]])
+        masks = [self._under(codes, self.codes | {unknown[0]: levels.code(part)}) for part in parts]
+        told = all(mask.any() for mask in masks) and not set(parts) & set(source_parts)
+        return [(mask, 1.0) for mask in masks] if told else None
+
+
+def _between_doses(
+    doses: np.ndarray, under: np.ndarray, dose: float
+) -> list[tuple[np.ndarray, float]] | None:
+    """Interpolate linearly in log dose between measured doses, in dose below the lowest."""
+    measured, n_cells = np.unique(doses[under & (doses > 0)], return_counts=True)
+    measured = measured[n_cells >= _MIN_DOSE_CELLS]
+    if len(measured) == 0:
+        return None
+    if dose <= measured[0]:
+        weights = {measured[0]: dose / measured[0]}
+    elif dose >= measured[-1]:
+        weights = {measured[-1]: 1.0}
+    else:
+        above = int(np.searchsorted(measured, dose))
+        low, high = measured[above - 1 : above + 1]
+        share = np.log(dose / low) / np.log(high / low)
+        weights = {low: 1.0 - share, high: share}
+    return [(under & (doses == d), float(weight)) for d, weight in weights.items() if weight > 0]
+
+
+def targets_of(
+    model: DISCoVeR, to: str | dict[str, str] | pd.DataFrame, dose: float | None
+) -> list[Target]:
+    """Return the targets that a user names: one, or one per described level.
+
+    Raises
+    ------
+    ValueError
+        If a key or a level is not known, a key of several has to be named, levels are described
+        to a model that knows no descriptions, or the dose does not fit.
+    """
+    if isinstance(to, pd.DataFrame):
+        return _described_targets(model, to, _checked_dose(model, dose, None))
+    asked = _asked_levels(model, to)
+    return [Target(model._condition_levels, asked, {}, _checked_dose(model, dose, asked.get(0)))]
+
+
+def _asked_levels(model: DISCoVeR, to: str | dict[str, str]) -> dict[int, str]:
+    """Return the level asked for of each key that is asked for, by the key's position."""
+    conditions = model.conditions
+    if not isinstance(to, dict):
+        if len(conditions) > 1:
+            raise ValueError(
+                f"to is {to!r} and there are several condition keys, {list(conditions)}. Say "
+                "which: to={key: level}."
+            )
+        to = {next(iter(conditions)): to}
+    asked = {}
+    for key, level in to.items():
+        if key not in conditions:
+            raise ValueError(
+                f"to names the key {key!r}; condition keys are {list(conditions)}. Use one of them."
+            )
+        position = list(conditions).index(key)
+        asked[position] = model._condition_levels[position].known_name(str(level))
+    if not asked:
+        raise ValueError(f"to is empty; name a level of one of {list(conditions)}.")
+    return asked
+
+
+def _described_targets(model: DISCoVeR, to: pd.DataFrame, dose: float | None) -> list[Target]:
+    levels = model._condition_levels[0]
+    if not isinstance(levels, DescribedLevels):
+        raise ValueError(
+            f"to is a DataFrame of new levels, and the levels of {levels.key!r} were registered "
+            "without descriptions. Pass condition_embedding to setup_anndata and train."
+        )
+    return [
+        Target(model._condition_levels, {0: name}, {0: row}, dose)
+        for name, row in levels.describe(to).items()
+    ]
+
+
+def _checked_dose(model: DISCoVeR, dose: float | None, level: str | None) -> float | None:
+    """Return the dose asked for: not negative, and the only measured one if none is named."""
+    ranges = model.doses_
+    if ranges is None:
+        if dose is not None:
+            raise ValueError(
+                f"dose is {dose} and the model was set up without doses. Pass dose_key to "
+                "setup_anndata and train, or leave dose out."
+            )
+        return None
+    measured = ranges.get(level, [])
+    if dose is None:
+        if len(measured) == 1:
+            return float(measured[0])
+        if level is None:
+            return None
+        raise ValueError(
+            f"No dose is named for {level!r}; measured are {[float(d) for d in measured]}. Say "
+            "which: dose=..."
+        )
+    if not (np.isfinite(dose) and dose >= 0):
+        raise ValueError(f"dose is {dose}; doses are finite and not negative. Choose another.")
+    positive = [d for d in measured if d > 0]
+    if len(measured) and dose > 0 and not (positive and min(positive) <= dose <= max(positive)):
+        span = f"from {min(positive):g} to {max(positive):g}" if positive else "0 only"
+        warnings.warn(
+            f"Dose {dose:g} of {level!r} lies outside of what was measured ({span}); the response "
+            "there is an extrapolation. Ask for doses inside, or trust it little.",
+            UserWarning,
+            stacklevel=settings.warnings_stacklevel,
+        )
+    return float(dose)
