@@ -33,6 +33,7 @@ _MIN_GROUP_CELLS = 5
 _N_NEIGHBORS = 15
 _N_VOTES = 30
 _RIDGE = 1.0
+_RIDGE_OF_PARTS = 1e-4  # two equal changes have a singular system
 
 
 @dataclass(frozen=True)
@@ -201,26 +202,96 @@ COMPARING: dict[str, type[Way]] = {
 
 
 class Parts:
-    """Add, each with its weight, the changes that one way sees under several parts.
+    r"""Add the changes under several parts, each with its weight.
 
-    The parts of a combination, or the measured doses on either side of the one asked for.
+    The weights are given, or (parts of a combination) such that what parts have in common counts
+    only in part a second time: with changes :math:`\delta_k` of a cell's w and overlap
+    :math:`\lambda`, the weights solve
+
+    .. math::
+
+        c_k \lVert\delta_k\rVert^2 + \lambda \sum_{l \ne k} c_l \max(\delta_k^\top\delta_l, 0)
+        = \lVert\delta_k\rVert^2
+
+    At 0 the changes add up. At 1 the sum goes along each part's own direction as far as that part
+    goes alone, so that two equal changes are one.
+
+    Parameters
+    ----------
+    ways
+        One per part.
+    cells
+        Reference cells under each part, ``(n_cells,)`` each; None: as the reference says.
+    weights
+        One per part; None: from the overlap.
+    overlap
+        In [0, 1].
     """
 
-    def __init__(self, way: type[Way], parts: Sequence[tuple[np.ndarray, float]]) -> None:
-        self._way = way
-        self._parts = parts  # reference cells under the part, (n_cells,), and its weight
+    def __init__(
+        self,
+        ways: Sequence[Way],
+        cells: Sequence[np.ndarray] | None = None,
+        weights: Sequence[float] | None = None,
+        overlap: float = 0.0,
+    ) -> None:
+        self._ways, self._cells = ways, cells
+        self._weights, self._overlap = weights, overlap
 
     def fit(self, reference: Reference) -> Parts:
-        """Fit the way once per part, with the part as target."""
-        self._ways = [
-            (self._way().fit(replace(reference, is_target=mask)), weight)
-            for mask, weight in self._parts
-        ]
+        """Fit each way with its part as target."""
+        for k, way in enumerate(self._ways):
+            cells = reference.is_target if self._cells is None else self._cells[k]
+            way.fit(replace(reference, is_target=cells))
         return self
 
     def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """Return w plus the parts' changes."""
-        return w + sum(weight * (way(z, w) - w) for way, weight in self._ways)
+        """Return w plus the parts' weighted changes."""
+        if not self._ways:  # dose 0
+            return w
+        changes = np.stack([way(z, w) - w for way in self._ways])
+        if self._weights is not None:
+            return w + np.tensordot(np.asarray(self._weights), changes, axes=1)
+        return w + summed(changes, self._overlap)
+
+
+def summed(changes: np.ndarray, overlap: float) -> np.ndarray:
+    """Sum of changes whose overlap counts in part; see :class:`Parts`.
+
+    Parameters
+    ----------
+    changes
+        Shape ``(n_parts, n_cells, n_latent_specific)``.
+    overlap
+        In [0, 1].
+
+    Returns
+    -------
+    Shape ``(n_cells, n_latent_specific)``.
+    """
+    products = np.einsum("knd,lnd->nkl", changes, changes)  # (n_cells, n_parts, n_parts)
+    squares = np.einsum("nkk->nk", products).copy()
+    system = overlap * np.maximum(products, 0)
+    np.einsum("nkk->nk", system)[:] = squares * (1 + _RIDGE_OF_PARTS) + np.finfo("float32").tiny
+    weights = np.linalg.solve(system, squares[..., None])[..., 0]
+    return np.einsum("nk,knd->nd", weights, changes)
+
+
+class Then:
+    """One way after another."""
+
+    def __init__(self, first: Way, second: Way) -> None:
+        self._first, self._second = first, second
+
+    def fit(self, reference: Reference) -> Then:
+        """Fit both."""
+        self._first.fit(reference)
+        self._second.fit(reference)
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return w moved twice."""
+        return self._second(z, self._first(z, w))
 
 
 class Prior:
@@ -279,12 +350,35 @@ class Blend:
         return np.mean([way(z, w) for way in self.ways], axis=0)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """What tells of a target that has no reference cells of its own, part by part.
+
+    Parameters
+    ----------
+    cells
+        Reference cells of each part, ``(n_cells,)`` each; None: some part has none.
+    features
+        Condition features of each part, ``(1, n_features)`` each; None: the networks know the
+        target itself.
+    weights
+        Weight of each part; None: from the overlap.
+    overlap
+        In [0, 1].
+    """
+
+    cells: list[np.ndarray] | None
+    features: list[Tensor] | None = None
+    weights: list[float] | None = None
+    overlap: float = 0.0
+
+
 def choose_way(
     method: str,
     module: DiscoverVAE,
     source: Tensor,
     target: Tensor,
-    parts: Sequence[tuple[np.ndarray, float]] | None = None,
+    pieces: Pieces | None = None,
     compares: bool = True,
 ) -> tuple[Way, str]:
     """Return the way that a method names, not fitted, and what it consists of.
@@ -297,8 +391,8 @@ def choose_way(
         The trained module, whose prior some ways use.
     source, target
         Condition features, shape ``(1, n_features)``, on the module's device.
-    parts
-        Reference cells of each part that tells of the target, ``(n_cells,)``, and its weight.
+    pieces
+        What tells of the target part by part, if it has no reference cells of its own.
     compares
         Whether there are reference cells on both sides; if not, ``"auto"`` asks the prior alone.
 
@@ -316,12 +410,24 @@ def choose_way(
             f"method is {method!r}; methods are {list(METHODS)}. Choose one of them; "
             "'auto' is the default."
         )
-    learned = isinstance(module.prior, LearnedPrior)
-    abduction = Abduction(module, source, target)
-    ways = {"prior": Prior(module, target), "abduction": abduction}
+    ways = _ways_of_the_prior(module, source, target, pieces)
     for name, way in COMPARING.items():
-        ways[name] = way() if parts is None else Parts(way, parts)
+        ways[name] = way()
+        if pieces is not None and pieces.cells is not None:
+            each = [way() for _ in pieces.cells]
+            ways[name] = Parts(each, pieces.cells, pieces.weights, pieces.overlap)
     if method != "auto":
         return ways[method], method
-    names = (["abduction"] if learned else []) + (["neighbors", "groups"] if compares else [])
+    names = ["abduction"] if isinstance(module.prior, LearnedPrior) else []
+    names += ["neighbors", "groups"] if compares else []
     return Blend([ways[name] for name in names]), " + ".join(names)
+
+
+def _ways_of_the_prior(
+    module: DiscoverVAE, source: Tensor, target: Tensor, pieces: Pieces | None
+) -> dict[str, Way]:
+    if pieces is None or pieces.features is None:
+        return {"prior": Prior(module, target), "abduction": Abduction(module, source, target)}
+    each = [Abduction(module, source, features) for features in pieces.features]
+    abduction = Parts(each, overlap=pieces.overlap)
+    return {"prior": Then(Prior(module, source), abduction), "abduction": abduction}

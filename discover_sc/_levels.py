@@ -91,37 +91,10 @@ class Levels:
             )
         return level
 
-    def row(self, level: str, source: str) -> np.ndarray:
-        """Return the row of a registered level, or of another combination of known parts.
-
-        A sum of parts needs a zero to count from. Registered combinations teach the networks
-        where it lies; without any of them, it is the level of the source cells.
-
-        Parameters
-        ----------
-        level
-            Level that is asked for.
-        source
-            Level of the source cells.
-
-        Raises
-        ------
-        ValueError
-            If the source is a part of the level and no combination is registered.
-        """
-        if (code := self.code(level)) is not None:
-            return self.design[code]
-        parts = self.parts(level)
-        row = self._indicator(parts)
-        if self.combines:
-            return row
-        if source in parts:
-            raise ValueError(
-                f"Source cells are under {source!r}, which is a part of {level!r}, and no "
-                "combination is registered that would tell what a part adds to another. Predict "
-                "from cells of a level that shares no part with it, the control."
-            )
-        return row - (len(parts) - 1) * self.design[self.code(source)]
+    def row(self, level: str) -> np.ndarray:
+        """Return the row of a registered level, or of another combination of known parts."""
+        code = self.code(level)
+        return self._indicator(self.parts(level)) if code is None else self.design[code]
 
 
 class DescribedLevels(Levels):

@@ -18,7 +18,6 @@ from ._expression import expression_of
 from ._keys import LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
 from ._priors import LearnedPrior
 
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -143,8 +142,9 @@ def _fit_way(
         is_target=target.is_target(codes),
         groups=groups,
     )
-    parts = target.parts(codes, doses, source_codes)
-    compares = reference.is_source.any() and (parts is not None or reference.is_target.any())
+    pieces = target.pieces(model, reference, source_codes, source_dose)
+    told = reference.is_target.any() if pieces is None else pieces.cells is not None
+    compares = reference.is_source.any() and told
     if not compares and (method in COMPARING or not isinstance(model.module.prior, LearnedPrior)):
         missing = target.name() if reference.is_source.any() else _level_names(model, source_codes)
         raise ValueError(
@@ -153,7 +153,7 @@ def _fit_way(
             "learned prior."
         )
     features = target.features(model, source_codes, source_dose)
-    way, description = choose_way(method, model.module, *features, parts, compares)
+    way, description = choose_way(method, model.module, *features, pieces, compares)
     return way.fit(reference), description
 
 
@@ -354,10 +354,11 @@ def concatenated(predictions: list[ad.AnnData], targets: list[Target]) -> ad.Ann
     """Return predictions under several levels below each other, cells named by their level."""
     if len(predictions) == 1:
         return predictions[0]
-    joined = ad.concat(predictions, merge="same", uns_merge=None)
-    names = [
-        [f"{n}-{target.asked[0]}" for n in p.obs_names]
-        for p, target in zip(predictions, targets, strict=True)
-    ]
-    joined.obs_names = np.concatenate(names)
+    done = [prediction.uns["discover_counterfactual"] for prediction in predictions]
+    for prediction, target in zip(predictions, targets, strict=True):
+        prediction.obs_names = [f"{name}-{target.asked[0]}" for name in prediction.obs_names]
+    joined = ad.concat(predictions, merge="same")
+    key = next(iter(done[0]["to"]))
+    asked = done[0]["to"] | {key: [one["to"][key] for one in done]}
+    joined.uns["discover_counterfactual"] = done[0] | {"to": asked}
     return joined

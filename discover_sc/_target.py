@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,15 +11,19 @@ import pandas as pd
 import torch
 from scvi import settings
 
+from ._counterfactual import Pieces, summed
 from ._levels import DescribedLevels
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ._counterfactual import Reference
     from ._levels import Levels
     from ._model import DISCoVeR
 
 _MIN_DOSE_CELLS = 5
+_ASSUMED_OVERLAP = 0.5  # halfway between adding up and counting once, where nothing tells
+_OVERLAPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Target:
         if position in self.described:
             return self.described[position]
         if position in self.asked:
-            return levels.row(self.asked[position], source=levels.names[source_code])
+            return levels.row(self.asked[position])
         return levels.design[source_code]
 
     def features(
@@ -113,26 +117,72 @@ class Target:
             return np.zeros(len(codes), dtype=bool)
         return (codes[:, list(wanted)] == list(wanted.values())).all(axis=1)
 
-    def parts(
-        self, codes: np.ndarray, doses: np.ndarray | None, source_codes: np.ndarray
-    ) -> list[tuple[np.ndarray, float]] | None:
-        """Return the cells that say something of the target by parts, and the part's weight.
+    def split(self) -> list[Target]:
+        """Return one target per part of a combination that is not registered; else none."""
+        unknown = [k for k, code in self.codes.items() if code is None and k not in self.described]
+        if len(unknown) != 1:
+            return []
+        position = unknown[0]
+        parts = self.keys[position].parts(self.asked[position])
+        return [replace(self, asked=self.asked | {position: part}) for part in parts]
 
-        For a combination that is not registered, the cells under each part; for a dose, those at
-        the nearest measured doses on either side. None if the target has cells itself, or no
-        cells can say it: a part has none of its own, or is among the source's own parts.
+    def pieces(
+        self, model: DISCoVeR, reference: Reference, source_codes: np.ndarray, source_dose: float
+    ) -> Pieces | None:
+        """Return what tells of the target part by part; None if it has reference cells itself.
+
+        For a combination that is not registered, its parts; for a dose, the nearest measured
+        doses on either side.
+
+        Raises
+        ------
+        ValueError
+            If the source is a part of the combination and no combination is registered that
+            would tell what a part adds to another.
         """
+        codes, doses = model.reference_["condition_codes"], model.reference_.get("doses")
         if self.dose is not None:
-            return _between_doses(doses, self.is_target(codes), self.dose)
-        unknown = [position for position, code in self.codes.items() if code is None]
-        if len(unknown) != 1 or self.described:
+            between = _between_doses(doses, reference.is_target, self.dose)
+            return between and Pieces([c for c, _ in between], weights=[w for _, w in between])
+        if not (split := self.split()):
             return None
-        levels = self.keys[unknown[0]]
-        parts = levels.parts(self.asked[unknown[0]])
-        source_parts = levels.parts(levels.names[source_codes[unknown[0]]])
-        masks = [self._under(codes, self.codes | {unknown[0]: levels.code(part)}) for part in parts]
-        told = all(mask.any() for mask in masks) and not set(parts) & set(source_parts)
-        return [(mask, 1.0) for mask in masks] if told else None
+        position = next(k for k in self.asked if self.codes[k] is None)
+        levels, source = self.keys[position], self.keys[position].names[source_codes[position]]
+        shares = bool(set(levels.parts(source)) & set(levels.parts(self.asked[position])))
+        if shares and not levels.combines:
+            raise ValueError(
+                f"Source cells are under {source!r}, which is a part of "
+                f"{self.asked[position]!r}, and no combination is registered that would tell what "
+                "a part adds to another. Predict from cells of a level that shares no part with "
+                "it, the control."
+            )
+        cells = [part.is_target(codes) for part in split]
+        if shares or not all(mask.any() for mask in cells):
+            cells = None
+        if levels.combines:  # the networks have learned what a sum of parts does
+            return Pieces(cells, overlap=_measured_overlap(levels, codes[:, position], reference))
+        features = [part.features(model, source_codes, source_dose)[1] for part in split]
+        return Pieces(cells, features, overlap=_ASSUMED_OVERLAP)
+
+
+def _measured_overlap(levels: Levels, codes: np.ndarray, reference: Reference) -> float:
+    """Return the overlap that predicts the registered combinations best from their parts."""
+
+    def change(level: str) -> np.ndarray | None:
+        under = codes == levels.code(level) if levels.code(level) is not None else []
+        return reference.w[under].mean(axis=0) - control if np.any(under) else None
+
+    if not reference.is_source.any():
+        return _ASSUMED_OVERLAP
+    control = reference.w[reference.is_source].mean(axis=0)
+    errors = []
+    for name in levels.names:
+        parts = levels.parts(name)
+        changes = [change(level) for level in (name, *parts)]
+        if len(parts) > 1 and all(c is not None for c in changes):
+            each = np.stack(changes[1:])[:, None, :]
+            errors.append([((summed(each, o)[0] - changes[0]) ** 2).sum() for o in _OVERLAPS])
+    return _OVERLAPS[int(np.argmin(np.sum(errors, axis=0)))] if errors else _ASSUMED_OVERLAP
 
 
 def _between_doses(

@@ -5,8 +5,9 @@ import pytest
 from fitting import train_small
 
 from discover_sc import DISCoVeR
-from discover_sc._counterfactual import Parts, Reference, Shift
+from discover_sc._counterfactual import Parts, Reference, Shift, summed
 from discover_sc._levels import Levels
+from discover_sc._target import _measured_overlap
 from discover_sc.data import simulate
 
 
@@ -39,12 +40,7 @@ def test_a_combination_has_a_one_for_each_part_whatever_their_order():
     assert levels.columns == ["ctrl", "A", "B", "C"]
     assert levels.design[3:].tolist() == [[0, 1, 1, 0], [0, 1, 0, 1]]
     assert levels.code("A+B") == levels.code("B+A") == 3
-    assert levels.row("B+C+A", source="ctrl").tolist() == [0, 1, 1, 1]  # more than ever seen
-
-
-def test_without_registered_combinations_parts_add_up_from_the_source():
-    levels = Levels("condition", ["ctrl", "A", "B"], "+")
-    assert levels.row("A+B", source="ctrl").tolist() == [-1, 1, 1]
+    assert levels.row("B+C+A").tolist() == [0, 1, 1, 1]  # more than ever seen
 
 
 @pytest.mark.parametrize(
@@ -64,8 +60,33 @@ def test_parts_add_the_changes_of_the_parts():
     w = np.array([change[level] for level in under]) + 0.01 * rng.normal(size=(150, 2))
     groups = np.full(150, "only")
     reference = Reference(w, w, under == "ctrl", np.zeros(150, dtype=bool), groups)
-    way = Parts(Shift, [under == "A", under == "B"]).fit(reference)
+    way = Parts([Shift(), Shift()], [under == "A", under == "B"]).fit(reference)
     np.testing.assert_allclose(way(w[:5], np.zeros((5, 2))), [[1.5, 2.0]] * 5, atol=0.02)
+
+
+def test_overlapping_changes_count_once_at_overlap_one_and_add_up_at_zero():
+    a, b, c = np.array([1.0, 0.0]), np.array([0.0, 2.0]), np.array([1.0, 1.0])
+
+    def total(*changes, overlap):
+        return summed(np.stack(changes)[:, None, :], overlap)[0]
+
+    np.testing.assert_allclose(total(a, c, overlap=0.0), a + c, rtol=1e-3)
+    np.testing.assert_allclose(total(a, a, overlap=1.0), a, rtol=1e-3)
+    np.testing.assert_allclose(total(a, a, overlap=0.5), a * 4 / 3, rtol=1e-3)
+    np.testing.assert_allclose(total(a, b, overlap=1.0), a + b, rtol=1e-3)
+    np.testing.assert_allclose(total(a, -a, overlap=1.0), 0 * a, atol=1e-3)  # opposite: no overlap
+    both = total(a, c, overlap=1.0)
+    assert both @ a == pytest.approx(a @ a, rel=1e-2)  # each part as far as it goes alone
+    assert both @ c == pytest.approx(c @ c, rel=1e-2)
+
+
+@pytest.mark.parametrize(("both", "expected"), [([2.0, 1.0], 0.0), ([1.0, 1.0], 1.0)])
+def test_registered_combinations_tell_the_overlap(both, expected):
+    levels = Levels("condition", ["ctrl", "A", "B", "A+B"], "+")
+    codes = np.repeat(np.arange(4), 10)
+    w = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], both])[codes]
+    reference = Reference(w, w, codes == 0, codes == 9, np.full(40, "only"))
+    assert _measured_overlap(levels, codes, reference) == expected
 
 
 @pytest.mark.parametrize("method", ["auto", "abduction", "prior", "shift", "groups", "linear"])
@@ -81,7 +102,7 @@ def test_an_unseen_combination_is_predicted_in_any_order(parts_only, method):
     assert not np.allclose(first.obsm["X_discover_w"], alone.obsm["X_discover_w"], atol=1e-3)
 
 
-def test_the_shift_of_an_unseen_combination_is_the_sum_of_its_parts_shifts(parts_only):
+def test_the_shift_of_an_unseen_combination_is_made_of_its_parts_shifts(parts_only):
     source = controls(parts_only)
     own = parts_only.get_latent_representation(source, latent="w")
     a, b, both = (
@@ -91,7 +112,7 @@ def test_the_shift_of_an_unseen_combination_is_the_sum_of_its_parts_shifts(parts
         - own
         for to in ("A", "B", "A+B")
     )
-    np.testing.assert_allclose(both, a + b, atol=1e-4)
+    np.testing.assert_allclose(both, summed(np.stack([a, b]), 0.5), atol=1e-4)
 
 
 def test_a_registered_combination_is_the_same_in_another_order():
