@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.linear_model import Ridge
+from sklearn.metrics import pairwise_distances_argmin
 from sklearn.neighbors import NearestNeighbors
 
 from ._priors import LearnedPrior
@@ -92,6 +93,23 @@ def cluster_groups(z: np.ndarray, seed: int = 0) -> KMeans:
     """
     n_clusters = int(np.clip(len(z) // 50, 1, 10))
     return KMeans(n_clusters, n_init=3, random_state=seed).fit(z)
+
+
+def nearest_cluster(z: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Cluster of each cell.
+
+    Parameters
+    ----------
+    z
+        Posterior means, shape ``(n_cells, n_latent)``.
+    centers
+        Centres of the clusters, shape ``(n_clusters, n_latent)``.
+
+    Returns
+    -------
+    Index of the nearest centre, shape ``(n_cells,)``.
+    """
+    return pairwise_distances_argmin(z, centers)
 
 
 class Way(Protocol):

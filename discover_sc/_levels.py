@@ -24,6 +24,8 @@ class Levels:
         Registered levels, in the order of their codes.
     separator
         What stands between the parts of a combination; None: levels share nothing.
+    added
+        Levels that were learned after training, each a part of its own.
 
     Raises
     ------
@@ -31,10 +33,14 @@ class Levels:
         If a level repeats a part, or two levels are the same parts in another order.
     """
 
-    def __init__(self, key: str, names: Sequence[str], separator: str | None) -> None:
-        self.key, self.names, self._separator = key, list(names), separator
+    def __init__(
+        self, key: str, names: Sequence[str], separator: str | None, added: Sequence[str] = ()
+    ) -> None:
+        self.key, self.names, self._separator = key, [*names, *added], separator
+        self.added = list(added)
         parts = [self.parts(name) for name in self.names]
-        self.columns = list(dict.fromkeys(part for level in parts for part in level))
+        columns = dict.fromkeys(part for level in parts[: len(names)] for part in level)
+        self.columns = list(columns)
         self._codes: dict[frozenset, int] = {}
         for code, level in enumerate(parts):
             first = self._codes.setdefault(frozenset(level), code)
@@ -44,7 +50,7 @@ class Levels:
                     "same combination in two orders; the order of parts means nothing. Rename "
                     "one of them, or switch combinations off with combination_separator=None."
                 )
-        self.design = np.stack([self._indicator(level) for level in parts])
+        self.design = np.stack([_indicator(self.columns, level) for level in parts])
 
     def parts(self, level: str) -> list[str]:
         """Return the parts of a level; a level with an empty part (``"CD4+"``) is one part."""
@@ -59,9 +65,6 @@ class Levels:
                 "once. Write it once, or switch combinations off with combination_separator=None."
             )
         return parts
-
-    def _indicator(self, parts: list[str]) -> np.ndarray:
-        return np.isin(self.columns, parts).astype(np.float32)
 
     @property
     def combines(self) -> bool:
@@ -82,7 +85,7 @@ class Levels:
         """
         if (code := self.code(level)) is not None:
             return self.names[code]
-        unknown = [part for part in self.parts(level) if part not in self.columns]
+        unknown = [part for part in self.parts(level) if part not in self.columns + self.added]
         if unknown:
             which = "" if unknown == [level] else f" (its part {' or '.join(map(repr, unknown))})"
             raise ValueError(
@@ -92,9 +95,17 @@ class Levels:
         return level
 
     def row(self, level: str) -> np.ndarray:
-        """Return the row of a registered level, or of another combination of known parts."""
+        """Return the row of a level, or of another combination of known parts."""
         code = self.code(level)
-        return self._indicator(self.parts(level)) if code is None else self.design[code]
+        return _indicator(self.columns, self.parts(level)) if code is None else self.design[code]
+
+    def added_row(self, level: str) -> np.ndarray:
+        """Return which added levels are parts of a level, ``(n_added,)``."""
+        return _indicator(self.added, self.parts(level))
+
+
+def _indicator(columns: list[str], parts: list[str]) -> np.ndarray:
+    return np.isin(np.array(columns, dtype=object), parts).astype(np.float32)
 
 
 class DescribedLevels(Levels):
@@ -110,13 +121,17 @@ class DescribedLevels(Levels):
         As :func:`checked_table` returns it.
     """
 
-    def __init__(self, key: str, names: Sequence[str], table: dict) -> None:
-        super().__init__(key, names, None)
+    def __init__(
+        self, key: str, names: Sequence[str], table: dict, added: Sequence[str] = ()
+    ) -> None:
+        super().__init__(key, names, None, added)
         self.columns = list(table["features"])
-        order = [table["levels"].index(name) for name in self.names]
+        order = [table["levels"].index(name) for name in names]
         values = np.asarray(table["values"])[order]
         self._center, self._scale = values.mean(axis=0), values.std(axis=0)
-        self.design = self._standardised(values)
+        # an added level has no description: it starts from the mean of all
+        undescribed = np.zeros((len(self.added), len(self.columns)), dtype=np.float32)
+        self.design = np.concatenate([self._standardised(values), undescribed])
 
     def _standardised(self, values: np.ndarray) -> np.ndarray:
         """Return features of mean 0 and rows of mean square length 1 over registered levels."""

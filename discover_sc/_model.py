@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -164,7 +165,7 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             )
         if gene_likelihood != "normal":
             check_counts(self.adata, self._layer)
-        self._condition_levels = self._levels_of_keys()
+        self.added_levels_ = {key: [] for key in self.condition_keys}
         if prior == "class_mean":
             _check_plain_levels(self._condition_levels, self.dose_key)
         self.module = self._module_cls(
@@ -330,15 +331,29 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
     def _levels(self) -> dict[str, np.ndarray]:
         """Levels of each condition key as they stand in the column, of its own type."""
         mappings = self.adata_manager.get_state_registry(CONDITION_KEY).mappings
-        return {key: mappings[key] for key in self.condition_keys}
+        return {
+            key: np.append(mappings[key], added) if added else mappings[key]
+            for key, added in self.added_levels_.items()
+        }
 
-    def _levels_of_keys(self) -> list[Levels]:
-        """Return the levels of each condition key and their design."""
+    @property
+    def _condition_levels(self) -> list[Levels]:
+        """Levels of each condition key and their design, those added after training included."""
         separator, table = self._setup_args[_SEPARATOR], self._setup_args["condition_embedding"]
-        keys = [Levels(key, names, separator) for key, names in self.conditions.items()]
-        if table is not None:
-            keys[0] = DescribedLevels(keys[0].key, keys[0].names, table)
+        mappings = self.adata_manager.get_state_registry(CONDITION_KEY).mappings
+        keys = []
+        for key, added in self.added_levels_.items():
+            names = [str(level) for level in mappings[key]]
+            if table is not None and not keys:
+                keys.append(DescribedLevels(key, names, table, added))
+            else:
+                keys.append(Levels(key, names, separator, added))
         return keys
+
+    def _tell_added_levels(self) -> None:
+        """Make the networks' input know the levels that were added after training."""
+        n_added = [len(added) for added in self.added_levels_.values()]
+        self.module.conditions.tell_added(n_added)
 
     @property
     def dose_key(self) -> str | None:
@@ -446,7 +461,7 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             adata = match_genes(adata, genes)
             _check_known_levels(adata, registry)
         try:
-            return super().load(dir_path, adata, accelerator, device, prefix)
+            model = super().load(dir_path, adata, accelerator, device, prefix)
         except RuntimeError as error:
             if "condition_target" not in str(error):
                 raise
@@ -455,6 +470,8 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
                 "not know. Load it with the labels it was trained on and hand the new cells over "
                 "to its methods."
             ) from error
+        model._tell_added_levels()
+        return model
 
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
         """Check cells that are new to the model, put their genes in order, register them.
@@ -466,9 +483,21 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             return super()._validate_anndata(adata, copy_if_view=copy_if_view)
         adata = self._check_new_cells(adata)
         _check_if_view(adata, copy_if_view=copy_if_view)
-        manager = self.adata_manager.transfer_fields(adata, extend_categories=True)
-        self._register_manager_for_instance(manager)
+        self._register_manager_for_instance(self._transferred(adata))
         return adata
+
+    def _transferred(self, adata: AnnData) -> AnnDataManager:
+        """Register cells as those of training were, with the levels added after it."""
+        own = self.adata_manager
+        registry = deepcopy(own.registry)
+        registry["field_registries"][CONDITION_KEY]["state_registry"]["mappings"] |= self._levels
+        manager = AnnDataManager(
+            fields=own.fields,
+            setup_method_args=own._get_setup_method_args(),
+            validation_checks=own.validation_checks,
+        )
+        manager.register_fields(adata, source_registry=registry, extend_categories=True)
+        return manager
 
     def _forget(self, adata: AnnData) -> None:
         """Drop what the model keeps of cells that it was handed, which holds them alive."""
@@ -478,7 +507,7 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
         check_names(adata)
         adata = match_genes(adata, self.adata.var_names)
         _check_columns_of(adata, _columns(self._setup_args))
-        _check_known_levels(adata, self.registry)
+        _check_known_levels(adata, self.registry, self._levels)
         check = check_finite if self.module.gene_likelihood == "normal" else check_counts
         with warnings.catch_warnings():
             # genes without counts among a few new cells are no news
@@ -540,10 +569,12 @@ def _check_overlap(columns: dict[str, str | list[str] | None]) -> None:
         )
 
 
-def _check_known_levels(adata: AnnData, registry: dict) -> None:
+def _check_known_levels(
+    adata: AnnData, registry: dict, conditions: dict[str, np.ndarray] | None = None
+) -> None:
     """Refuse levels of conditions, batches and covariates that the model was not trained with."""
     fields = registry["field_registries"]
-    known = dict(fields[CONDITION_KEY]["state_registry"]["mappings"])
+    known = dict(conditions or fields[CONDITION_KEY]["state_registry"]["mappings"])
     known |= fields[REGISTRY_KEYS.CAT_COVS_KEY]["state_registry"].get("mappings", {})
     batch_key = registry["setup_args"]["batch_key"]
     if batch_key is not None:

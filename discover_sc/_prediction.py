@@ -13,7 +13,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
-from ._counterfactual import COMPARING, Reference, Way, choose_way, cluster_groups
+from ._counterfactual import COMPARING, Reference, Way, choose_way, cluster_groups, nearest_cluster
 from ._expression import expression_of
 from ._keys import LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
 from ._priors import LearnedPrior
@@ -75,9 +75,13 @@ class _Groups:
             own = source.obs[model.labels_key].astype(str)
             self.of_source = pd.factorize(own)[0]
         else:
-            clusters = cluster_groups(model.reference_["z"])
-            self.of_reference = clusters.labels_
-            self.of_source = clusters.predict(model.get_latent_representation(source))
+            # fixed when training ended: a reference that grows moves no old prediction
+            centers = model.reference_.get("centers")
+            if centers is None:  # saved before centres were kept
+                centers = cluster_groups(model.reference_["z"]).cluster_centers_
+            self.of_reference = nearest_cluster(model.reference_["z"], centers)
+            z = model.get_latent_representation(source)
+            self.of_source = nearest_cluster(z, centers)
 
 
 # ---------------------------------------------------------------------------- input

@@ -12,6 +12,7 @@ from ._expression import expected_expression, sorted_cells
 from ._keys import OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY
 from ._prediction import concatenated, predict_counterfactual
 from ._target import targets_of
+from .evaluation import log_mean_profile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -302,3 +303,68 @@ class ReadoutMixin:
         options = (method, n_samples, interval, library_size, batch_size, seed)
         predictions = [predict_counterfactual(self, adata, t, *options) for t in targets]
         return concatenated(predictions, targets)
+
+    def predict_dose_response(
+        self,
+        adata: AnnData,
+        treatment: str,
+        doses: Sequence[float],
+        method: Method = "auto",
+        n_samples: int = 25,
+        interval: float = 0.9,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Mean expression of the same cells under several doses of a treatment.
+
+        Parameters
+        ----------
+        adata
+            Source cells, for example untreated ones.
+        treatment
+            Level of the (first) condition key.
+        doses
+            Doses, not negative; between measured ones or moderately beyond.
+        method, n_samples, interval, seed
+            As in :meth:`predict_counterfactual`.
+
+        Returns
+        -------
+        One row per dose and gene: ``dose``; ``gene``; ``mean``, the expected expression averaged
+        over cells, at 10,000 counts per cell; ``lower``, ``upper``, the cells' bounds averaged in
+        the same way; ``log_fold_change``, the difference of ``log1p(mean)`` and the source cells'
+        observed profile (natural logarithm).
+
+        Raises
+        ------
+        ValueError
+            If the model was set up without doses, the treatment is unknown, or a dose is negative
+            or not finite.
+
+        Warns
+        -----
+        UserWarning
+            If a dose lies outside of what was measured of the treatment.
+        """
+        key = self.condition_keys[0]
+        source = log_mean_profile(self._counts_of(adata))
+        parts = []
+        for dose in doses:
+            predicted = self.predict_counterfactual(
+                adata,
+                to={key: treatment},
+                dose=dose,
+                method=method,
+                n_samples=n_samples,
+                interval=interval,
+                seed=seed,
+            )
+            mean = np.asarray(predicted.X).mean(axis=0)
+            part = {"dose": float(dose), "gene": predicted.var_names, "mean": mean}
+            part |= {b: predicted.layers[b].mean(axis=0) for b in ("lower", "upper")}
+            parts.append(pd.DataFrame(part | {"log_fold_change": np.log1p(mean) - source}))
+        return pd.concat(parts, ignore_index=True)
+
+    def _counts_of(self, adata: AnnData) -> np.ndarray:
+        """Return the expression of the model's genes."""
+        genes = adata[:, self.adata.var_names]
+        return genes.X if self._layer is None else genes.layers[self._layer]

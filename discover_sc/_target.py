@@ -59,34 +59,26 @@ class Target:
         """Return the levels asked for."""
         return list(self.asked.values())
 
-    def source_row(self, source_codes: np.ndarray) -> np.ndarray:
-        """Return the design row of source cells, ``(n_columns of all keys,)``."""
-        return np.concatenate(
-            [levels.design[code] for levels, code in zip(self.keys, source_codes, strict=True)]
-        )
+    def rows(self, source_codes: np.ndarray) -> np.ndarray:
+        """Return the rows of source and target, ``(2, n_columns and columns of added levels)``."""
+        source = [levels.names[c] for levels, c in zip(self.keys, source_codes, strict=True)]
+        target = [self.asked.get(position, level) for position, level in enumerate(source)]
+        return np.stack([self._row(source, {}), self._row(target, self.described)])
 
-    def row(self, source_codes: np.ndarray) -> np.ndarray:
-        """Return the design row that is asked for, ``(n_columns of all keys,)``."""
-        return np.concatenate(
-            [self._row(position, code) for position, code in enumerate(source_codes)]
-        )
-
-    def _row(self, position: int, source_code: int) -> np.ndarray:
-        levels = self.keys[position]
-        if position in self.described:
-            return self.described[position]
-        if position in self.asked:
-            return levels.row(self.asked[position])
-        return levels.design[source_code]
+    def _row(self, names: list[str], described: dict[int, np.ndarray]) -> np.ndarray:
+        named = list(zip(self.keys, names, strict=True))
+        rows = [
+            described[position] if position in described else levels.row(name)
+            for position, (levels, name) in enumerate(named)
+        ]
+        return np.concatenate(rows + [levels.added_row(name) for levels, name in named])
 
     def features(
         self, model: DISCoVeR, source_codes: np.ndarray, source_dose: float | None
     ) -> tuple[Tensor, Tensor]:
         """Return what the networks are told of source and target, ``(1, n_features)`` each."""
         conditions = model.module.conditions
-        rows = torch.as_tensor(
-            np.stack([self.source_row(source_codes), self.row(source_codes)]), device=model.device
-        )
+        rows = torch.as_tensor(self.rows(source_codes), device=model.device)
         doses = None
         if source_dose is not None:
             dose = source_dose if self.dose is None else self.dose

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from math import ceil
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 from scvi.model.base import UnsupervisedTrainingMixin
 
+from ._counterfactual import cluster_groups
+from ._new_condition import add_condition
 from ._training_plan import DiscoverTrainingPlan, InvarianceStopping
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 _MIN_STEPS = 2000
 _MIN_EPOCHS = 20
@@ -74,6 +80,8 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         ------
         FloatingPointError
             If a term of the loss is not finite; the model keeps its last finite state.
+        RuntimeError
+            If conditions were added after training (:meth:`add_condition`).
 
         Notes
         -----
@@ -86,6 +94,12 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         accuracy is no measure of invariance: judge that with
         :func:`~discover_sc.evaluation.report`.
         """
+        if any(self.added_levels_.values()):
+            raise RuntimeError(
+                f"Conditions were added after training ({self.added_levels_}), and the cells that "
+                "the model was set up with hold none of them. Train a new model on all cells "
+                "together."
+            )
         plan_kwargs = dict(plan_kwargs or {})
         if "gradient_clip_val" in trainer_kwargs:  # Lightning refuses it under two optimisers
             plan_kwargs["gradient_clip_val"] = trainer_kwargs.pop("gradient_clip_val")
@@ -142,13 +156,44 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             groups = np.column_stack([groups, labels])
         kept = _at_most(_MAX_GROUP_CELLS, groups)
         cells, labels = cells[kept], None if labels is None else labels[kept]
+        z = self.get_latent_representation(latent="z", indices=cells)
         return {
-            "z": self.get_latent_representation(latent="z", indices=cells),
+            "z": z,
             "w": self.get_latent_representation(latent="w", indices=cells),
             "condition_codes": self._condition_codes()[cells],
             "doses": None if (doses := self._doses_of(self.adata)) is None else doses[cells],
             "labels": labels,
+            "centers": None if labels is not None else cluster_groups(z).cluster_centers_,
         }
+
+    def add_condition(
+        self, adata: AnnData, condition_key: str | None = None, seed: int = 0
+    ) -> None:
+        """Learn a new condition from a few of its cells; everything else stays as it is.
+
+        Only the vectors by which the encoder of w and its prior know the new level are learned,
+        on the model's own loss, starting from those of the known level that fits best.
+        Predictions for other levels and latents of other cells do not change by a bit.
+
+        Parameters
+        ----------
+        adata
+            Cells, 10 to 200 say, of one or more cell types, all under one new level.
+        condition_key
+            Condition key of the level; may be left out if there is only one key.
+        seed
+            Seed of the posterior draws; the global random state is left alone.
+
+        Raises
+        ------
+        ValueError
+            If the cells are not all under one new level, or do not fit the model, or the prior is
+            ``"class_mean"``.
+        """
+        self._check_if_trained(warn=False, message="The model is not trained. Call model.train().")
+        if self.reference_ is None:  # training was interrupted
+            self.reference_ = self._encode_reference()
+        add_condition(self, adata, condition_key, seed)
 
 
 class _TrainingStarts(pl.Callback):

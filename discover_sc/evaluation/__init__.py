@@ -1,5 +1,6 @@
 """Numbers that say how far to trust the latents and the predictions: arrays in, numbers out."""
 
+from ._ablation import embedding_ablation
 from ._conservation import kmeans_ari, kmeans_nmi
 from ._counterfactual import (
     additive_shift,
@@ -24,6 +25,7 @@ __all__ = [
     "counterfactual_scores",
     "counterfactual_table",
     "direction_match",
+    "embedding_ablation",
     "kmeans_ari",
     "kmeans_nmi",
     "log_mean_profile",
