@@ -32,11 +32,11 @@ def add_condition(model: DISCoVeR, adata: AnnData, condition_key: str | None, se
     try:
         model._tell_added_levels()
         cells = model._validate_anndata(adata.copy() if adata.is_view else adata)
-        [tensors] = model._make_data_loader(cells, batch_size=cells.n_obs)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng():  # data loaders draw from the global state, too
             torch.manual_seed(seed)
+            [tensors] = model._make_data_loader(cells, batch_size=cells.n_obs)
             _learn(model.module, tensors, vectors, _starts(model, key))
-        _join_reference(model, cells, level)
+            _join_reference(model, cells, level)
     except BaseException:
         model.added_levels_ = before
         for one, added in zip(vectors, kept, strict=True):

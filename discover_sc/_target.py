@@ -135,7 +135,9 @@ class Target:
         codes, doses = model.reference_["condition_codes"], model.reference_.get("doses")
         if self.dose is not None:
             between = _between_doses(doses, reference.is_target, self.dose)
-            return between and Pieces([c for c, _ in between], weights=[w for _, w in between])
+            if between is None:
+                return None
+            return Pieces([cells for cells, _ in between], weights=[w for _, w in between])
         if not (split := self.split()):
             return None
         position = next(k for k in self.asked if self.codes[k] is None)

@@ -157,12 +157,14 @@ def _check(
 
 
 def _warn_if_mute(r2: pd.Series) -> None:
-    for rival in ("shuffled embedding", "mean of seen treatments"):
-        if r2["embedding"] <= r2[rival]:
-            warnings.warn(
-                f"The embedding predicts treatments never seen no better than the {rival} (log "
-                f"fold change R2 {r2['embedding']:.3f} and {r2[rival]:.3f}). Do not trust "
-                "predictions from it; use another description, or more treatments.",
-                UserWarning,
-                stacklevel=3,
-            )
+    rivals = ["shuffled embedding", "mean of seen treatments"]
+    better = {rival: round(r2[rival], 3) for rival in rivals if r2["embedding"] <= r2[rival]}
+    if better:
+        warnings.warn(
+            f"The embedding predicts treatments never seen no better than the "
+            f"{' and the '.join(better)} (log fold change R2 {r2['embedding']:.3f} against "
+            f"{list(better.values())}). Do not trust predictions from it; use another "
+            "description, or more treatments.",
+            UserWarning,
+            stacklevel=3,
+        )
