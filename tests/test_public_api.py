@@ -21,12 +21,14 @@ def test_names_of_data():
 
 def test_names_of_evaluation():
     assert discover_sc.evaluation.__all__ == [
+        "additive_shift",
         "chance_accuracy",
         "change_pearson",
         "condition_probes",
         "counterfactual_scores",
         "counterfactual_table",
         "direction_match",
+        "embedding_ablation",
         "kmeans_ari",
         "kmeans_nmi",
         "log_mean_profile",
@@ -48,8 +50,10 @@ def test_methods_of_the_model():
     classes = [c for c in discover_sc.DISCoVeR.__mro__ if c.__module__.startswith("discover_sc")]
     own = {name for c in classes for name in vars(c) if not name.startswith("_")}
     assert sorted(own) == [
+        "add_condition",
         "condition_keys",
         "conditions",
+        "dose_key",
         "get_latent_representation",
         "get_loadings",
         "get_normalized_expression",
@@ -57,6 +61,7 @@ def test_methods_of_the_model():
         "labels_key",
         "load",
         "predict_counterfactual",
+        "predict_dose_response",
         "setup_anndata",
         "train",
         "write_latents",
