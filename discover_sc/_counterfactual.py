@@ -265,8 +265,6 @@ class Parts:
 
     def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
         """Return w plus the parts' weighted changes."""
-        if not self._ways:  # dose 0
-            return w
         changes = np.stack([way(z, w) - w for way in self._ways])
         if self._weights is not None:
             return w + np.tensordot(np.asarray(self._weights), changes, axes=1)

@@ -134,7 +134,9 @@ class Target:
         """
         codes, doses = model.reference_["condition_codes"], model.reference_.get("doses")
         if self.dose is not None:
-            between = _between_doses(doses, reference.is_target, self.dose)
+            others = {key: code for key, code in self.codes.items() if key != 0}
+            untreated = self._under(codes, others) & (doses == 0)
+            between = _between_doses(doses, reference.is_target, untreated, self.dose)
             if between is None:
                 return None
             return Pieces([cells for cells, _ in between], weights=[w for _, w in between])
@@ -180,15 +182,29 @@ def _measured_overlap(levels: Levels, codes: np.ndarray, reference: Reference) -
 
 
 def _between_doses(
-    doses: np.ndarray, under: np.ndarray, dose: float
+    doses: np.ndarray, under: np.ndarray, untreated: np.ndarray, dose: float
 ) -> list[tuple[np.ndarray, float]] | None:
-    """Interpolate linearly in log dose between measured doses, in dose below the lowest."""
+    """Interpolate linearly in log dose between measured doses, in dose below the lowest.
+
+    Parameters
+    ----------
+    doses
+        Dose of each reference cell, ``(n_cells,)``.
+    under, untreated
+        Which cells are under the treatment, and at dose 0, ``(n_cells,)``.
+    dose
+        Dose asked for.
+
+    Returns
+    -------
+    Cells at each of the measured doses and their weight; None if no dose has enough cells.
+    """
     measured, n_cells = np.unique(doses[under & (doses > 0)], return_counts=True)
     measured = measured[n_cells >= _MIN_DOSE_CELLS]
     if len(measured) == 0:
         return None
     if dose <= measured[0]:
-        weights = {measured[0]: dose / measured[0]}
+        weights = {0.0: 1.0 - dose / measured[0], measured[0]: dose / measured[0]}
     elif dose >= measured[-1]:
         weights = {measured[-1]: 1.0}
     else:
@@ -196,7 +212,11 @@ def _between_doses(
         low, high = measured[above - 1 : above + 1]
         share = np.log(dose / low) / np.log(high / low)
         weights = {low: 1.0 - share, high: share}
-    return [(under & (doses == d), float(weight)) for d, weight in weights.items() if weight > 0]
+    return [
+        ((under & (doses == d)) if d else untreated, float(weight))
+        for d, weight in weights.items()
+        if weight > 0
+    ]
 
 
 def targets_of(

@@ -61,18 +61,19 @@ def test_at_a_measured_dose_a_shift_is_that_doses_and_between_two_it_is_between(
 
 def test_doses_are_interpolated_in_log_dose_and_in_dose_below_the_lowest():
     doses = np.repeat([0.0, 1.0, 10.0, 100.0], [5, 5, 5, 2])  # 100 has too few cells
-    under = np.full(17, True)
 
     def between(dose):
-        return [(set(doses[cells]), weight) for cells, weight in _between_doses(doses, under, dose)]
+        found = _between_doses(doses, doses > 0, doses == 0, dose)
+        return [(set(doses[cells]), weight) for cells, weight in found]
 
-    assert between(0.25) == [({1.0}, 0.25)]
+    assert between(0.0) == [({0.0}, 1.0)]
+    assert between(0.25) == [({0.0}, 0.75), ({1.0}, 0.25)]
     assert between(1.0) == [({1.0}, 1.0)]
     assert between(500.0) == [({10.0}, 1.0)]
     [(low, share), (high, rest)] = between(10**0.75)
     assert (low, high) == ({1.0}, {10.0})
     np.testing.assert_allclose([share, rest], [0.25, 0.75])
-    assert _between_doses(doses, doses == 100.0, 50.0) is None
+    assert _between_doses(doses, doses == 100.0, doses == 0, 50.0) is None
 
 
 def test_the_prediction_says_its_dose_and_the_sources(model):
@@ -91,6 +92,20 @@ def test_treated_cells_are_moved_from_their_own_dose(model):
     moved = np.abs(predicted.obsm["X_discover_w"] - own).max(axis=1)
     assert moved[stays].max() < 1e-6
     assert moved[~stays].min() > 1e-5
+
+
+@pytest.mark.parametrize("method", ["shift", "linear", "abduction"])
+def test_treated_cells_can_be_sent_to_dose_zero(model, method):
+    """The ways that compare cells once left them where they were."""
+    treated = model.adata[(model.adata.obs["condition"] == "treat_1").to_numpy()].copy()
+    own = model.get_latent_representation(treated, latent="w")
+    options = {"method": method, "n_samples": 2}
+    undone = model.predict_counterfactual(treated, to="treat_1", dose=0.0, **options)
+    control = model.predict_counterfactual(treated, to="ctrl", **options)
+    assert np.abs(undone.obsm["X_discover_w"] - own).max() > 1e-3
+    np.testing.assert_allclose(
+        undone.obsm["X_discover_w"], control.obsm["X_discover_w"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_doses_survive_saving(model, tmp_path):
