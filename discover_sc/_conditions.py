@@ -32,32 +32,53 @@ class Conditions(nn.Module):
 
     def __init__(self, designs: Sequence[Tensor], dose_scales: Tensor | None = None) -> None:
         super().__init__()
+        self.register_buffer("dose_scales", dose_scales)
+        self.n_columns = [design.shape[1] for design in designs]
+        self._n_levels = [len(design) for design in designs]
+        self.n_added = [0] * len(designs)
         for key, design in enumerate(designs):
             # built anew from the registry on load, hence not saved
             self.register_buffer(f"design_{key}", design.float(), persistent=False)
-        self.register_buffer("dose_scales", dose_scales)
-        self.n_columns = [design.shape[1] for design in designs]
+            self.register_buffer(f"added_{key}", design[:, :0].float(), persistent=False)
 
     @property
     def n_features(self) -> list[int]:
-        """Number of features of each key."""
+        """Number of features of each key, without those of added levels."""
         n_responses = 1 if self.dose_scales is None else len(self.dose_scales)
         return [n_responses * self.n_columns[0], *self.n_columns[1:]]
 
+    def tell_added(self, n_added: Sequence[int]) -> None:
+        """Know so many levels of each key beyond those designed; each has a column of its own.
+
+        The columns stand behind all others and are 0 for every other level.
+        """
+        self.n_added = list(n_added)
+        for key, (n, n_levels) in enumerate(zip(n_added, self._n_levels, strict=True)):
+            design = getattr(self, f"design_{key}")[:n_levels]
+            every = torch.eye(n_levels + n, device=design.device)
+            setattr(self, f"design_{key}", torch.cat([design, design.new_zeros(n, len(design.T))]))
+            setattr(self, f"added_{key}", every[:, n_levels:])
+
     def rows(self, condition_index: Tensor) -> Tensor:
-        """Return the rows of registered levels, ``(n_cells, n_columns of all keys)``.
+        """Return the rows of levels, ``(n_cells, n_columns of all keys, then of added levels)``.
 
         Parameters
         ----------
         condition_index
             Codes, ``int64`` of shape ``(n_cells, n_keys)``.
         """
-        designs = [getattr(self, f"design_{key}") for key in range(len(self.n_columns))]
-        codes = condition_index.to(designs[0].device)
-        return torch.cat([design[codes[:, key]] for key, design in enumerate(designs)], dim=1)
+        codes = condition_index.to(self.design_0.device)
+        return torch.cat(
+            [
+                getattr(self, f"{name}_{key}")[codes[:, key]]
+                for name in ("design", "added")
+                for key in range(len(self.n_columns))
+            ],
+            dim=1,
+        )
 
     def respond(self, rows: Tensor, dose: Tensor | None = None) -> Tensor:
-        """Return the features of rows at doses, ``(n_cells, sum of n_features)``.
+        """Return the features of rows at doses, ``(n_cells, n_features)``.
 
         Parameters
         ----------
@@ -68,14 +89,19 @@ class Conditions(nn.Module):
         """
         if self.dose_scales is None:
             return rows
-        dosed, others = rows[:, : self.n_columns[0]], rows[:, self.n_columns[0] :]
+        first, others = self.n_columns[0], sum(self.n_columns[1:])
+        dosed, others, added = rows.split([first, others, rows.shape[1] - first - others], dim=1)
         dose = dose.to(rows)
         response = dose / (dose + self.dose_scales)  # (n_cells, n_responses)
-        dosed = (response.unsqueeze(2) * dosed.unsqueeze(1)).flatten(1)
-        return torch.cat([dosed, others], dim=1)
+
+        def respond(part: Tensor) -> Tensor:
+            return (response.unsqueeze(2) * part.unsqueeze(1)).flatten(1)
+
+        # with doses, only levels of the first key are added
+        return torch.cat([respond(dosed), others, respond(added)], dim=1)
 
     def forward(self, condition_index: Tensor, dose: Tensor | None = None) -> Tensor:
-        """Return the features of cells, ``(n_cells, sum of n_features)``."""
+        """Return the features of cells, ``(n_cells, n_features)``."""
         return self.respond(self.rows(condition_index), dose)
 
 
@@ -95,6 +121,8 @@ class ConditionVectors(nn.Module):
         self.embeddings = nn.ModuleList(nn.Embedding(n, n_output) for n in n_features)
         for embedding in self.embeddings:
             nn.init.normal_(embedding.weight, std=0.01)
+        # vectors of levels that were added after training; no gradient of training reaches them
+        self.register_buffer("added", torch.zeros(0, n_output))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the summed vectors, ``(n_cells, n_output)``.
@@ -102,6 +130,18 @@ class ConditionVectors(nn.Module):
         Parameters
         ----------
         features
-            Shape ``(n_cells, sum of n_features)``.
+            Shape ``(n_cells, n_features)``, those of added levels last.
         """
-        return features @ torch.cat([embedding.weight for embedding in self.embeddings])
+        weight = torch.cat([embedding.weight for embedding in self.embeddings])
+        if len(self.added) == 0:
+            return features @ weight
+        # two products: what is added to other levels is 0 exactly, so that they keep every bit
+        return features[:, : len(weight)].contiguous() @ weight + (
+            features[:, len(weight) :] @ self.added
+        )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        """Take as many added levels as were saved; none from a model saved before they existed."""
+        saved = state_dict.setdefault(f"{prefix}added", self.added[:0])
+        self.added = self.added.new_zeros(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -8,7 +8,7 @@ the change is never read off cells of which one side is missing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
@@ -33,6 +33,7 @@ MIN_GROUP_CELLS = 5
 _N_NEIGHBORS = 15
 _N_VOTES = 30
 _RIDGE = 1.0
+_RIDGE_OF_PARTS = 1e-4  # two equal changes have a singular system
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,105 @@ class Linear:
         return w + treated - control
 
 
+COMPARING: dict[str, type[Way]] = {
+    "shift": Shift,
+    "neighbors": Neighbors,
+    "groups": Groups,
+    "linear": Linear,
+}
+
+
+class Parts:
+    r"""Add the changes under several parts, each with its weight.
+
+    The weights are given, or (parts of a combination) such that what parts have in common counts
+    only in part a second time: with changes :math:`\delta_k` of a cell's w and overlap
+    :math:`\lambda`, the weights solve
+
+    .. math::
+
+        c_k \lVert\delta_k\rVert^2 + \lambda \sum_{l \ne k} c_l \max(\delta_k^\top\delta_l, 0)
+        = \lVert\delta_k\rVert^2
+
+    At 0 the changes add up. At 1 the sum goes along each part's own direction as far as that part
+    goes alone, so that two equal changes are one.
+
+    Parameters
+    ----------
+    ways
+        One per part.
+    cells
+        Reference cells under each part, ``(n_cells,)`` each; None: as the reference says.
+    weights
+        One per part; None: from the overlap.
+    overlap
+        In [0, 1].
+    """
+
+    def __init__(
+        self,
+        ways: Sequence[Way],
+        cells: Sequence[np.ndarray] | None = None,
+        weights: Sequence[float] | None = None,
+        overlap: float = 0.0,
+    ) -> None:
+        self._ways, self._cells = ways, cells
+        self._weights, self._overlap = weights, overlap
+
+    def fit(self, reference: Reference) -> Parts:
+        """Fit each way with its part as target."""
+        for k, way in enumerate(self._ways):
+            cells = reference.is_target if self._cells is None else self._cells[k]
+            way.fit(replace(reference, is_target=cells))
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return w plus the parts' weighted changes."""
+        changes = np.stack([way(z, w) - w for way in self._ways])
+        if self._weights is not None:
+            return w + np.tensordot(np.asarray(self._weights), changes, axes=1)
+        return w + summed(changes, self._overlap)
+
+
+def summed(changes: np.ndarray, overlap: float) -> np.ndarray:
+    """Sum of changes whose overlap counts in part; see :class:`Parts`.
+
+    Parameters
+    ----------
+    changes
+        Shape ``(n_parts, n_cells, n_latent_specific)``.
+    overlap
+        In [0, 1].
+
+    Returns
+    -------
+    Shape ``(n_cells, n_latent_specific)``.
+    """
+    products = np.einsum("knd,lnd->nkl", changes, changes)  # (n_cells, n_parts, n_parts)
+    squares = np.einsum("nkk->nk", products).copy()
+    system = overlap * np.maximum(products, 0)
+    np.einsum("nkk->nk", system)[:] = squares * (1 + _RIDGE_OF_PARTS) + np.finfo("float32").tiny
+    weights = np.linalg.solve(system, squares[..., None])[..., 0]
+    return np.einsum("nk,knd->nd", weights, changes)
+
+
+class Then:
+    """One way after another."""
+
+    def __init__(self, first: Way, second: Way) -> None:
+        self._first, self._second = first, second
+
+    def fit(self, reference: Reference) -> Then:
+        """Fit both."""
+        self._first.fit(reference)
+        self._second.fit(reference)
+        return self
+
+    def __call__(self, z: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Return w moved twice."""
+        return self._second(z, self._first(z, w))
+
+
 class Prior:
     """Replace w by the model's prior mean under the target condition."""
 
@@ -248,11 +348,36 @@ class Blend:
         return np.mean([way(z, w) for way in self.ways], axis=0)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """What tells of a target that has no reference cells of its own, part by part.
+
+    Parameters
+    ----------
+    cells
+        Reference cells of each part, ``(n_cells,)`` each; None: some part has none.
+    features
+        Condition features of each part, ``(1, n_features)`` each; None: the networks know the
+        target itself.
+    weights
+        Weight of each part; None: from the overlap.
+    overlap
+        In [0, 1].
+    """
+
+    cells: list[np.ndarray] | None
+    features: list[Tensor] | None = None
+    weights: list[float] | None = None
+    overlap: float = 0.0
+
+
 def choose_way(
     method: str,
     module: DiscoverVAE,
     source: Tensor,
     target: Tensor,
+    pieces: Pieces | None = None,
+    compares: bool = True,
 ) -> tuple[Way, str]:
     """Return the way that a method names, not fitted, and what it consists of.
 
@@ -264,6 +389,10 @@ def choose_way(
         The trained module, whose prior some ways use.
     source, target
         Condition features, shape ``(1, n_features)``, on the module's device.
+    pieces
+        What tells of the target part by part, if it has no reference cells of its own.
+    compares
+        Whether there are reference cells on both sides; if not, ``"auto"`` asks the prior alone.
 
     Returns
     -------
@@ -274,22 +403,29 @@ def choose_way(
     ValueError
         If there is no such method.
     """
-    abduction = Abduction(module, source, target)
-    ways = {
-        "shift": Shift(),
-        "prior": Prior(module, target),
-        "abduction": abduction,
-        "neighbors": Neighbors(),
-        "groups": Groups(),
-        "linear": Linear(),
-    }
-    if method in ways:
-        return ways[method], method
-    if method != "auto":
+    if method not in METHODS:
         raise ValueError(
             f"method is {method!r}; methods are {list(METHODS)}. Choose one of them; "
             "'auto' is the default."
         )
-    if isinstance(module.prior, LearnedPrior):
-        return Blend([abduction, Neighbors(), Groups()]), "abduction + neighbors + groups"
-    return Blend([Neighbors(), Groups()]), "neighbors + groups"
+    ways = _ways_of_the_prior(module, source, target, pieces)
+    for name, way in COMPARING.items():
+        ways[name] = way()
+        if pieces is not None and pieces.cells is not None:
+            each = [way() for _ in pieces.cells]
+            ways[name] = Parts(each, pieces.cells, pieces.weights, pieces.overlap)
+    if method != "auto":
+        return ways[method], method
+    names = ["abduction"] if isinstance(module.prior, LearnedPrior) else []
+    names += ["neighbors", "groups"] if compares else []
+    return Blend([ways[name] for name in names]), " + ".join(names)
+
+
+def _ways_of_the_prior(
+    module: DiscoverVAE, source: Tensor, target: Tensor, pieces: Pieces | None
+) -> dict[str, Way]:
+    if pieces is None or pieces.features is None:
+        return {"prior": Prior(module, target), "abduction": Abduction(module, source, target)}
+    each = [Abduction(module, source, features) for features in pieces.features]
+    abduction = Parts(each, overlap=pieces.overlap)
+    return {"prior": Then(Prior(module, source), abduction), "abduction": abduction}

@@ -21,10 +21,11 @@ from ._effect_tables import (
 )
 from ._expression import expression_of
 from ._keys import LIBRARY_KEY, QW_KEY, QZ_KEY
-from ._prediction import SourceBatches, move_w, own_copy, target_levels
+from ._prediction import SourceBatches, move_w, own_copy
 from ._readout import _UNTRAINED
 from ._reference import encode_reference
 from ._sham import Pool, level_names, pools
+from ._target import registered_levels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,7 +128,7 @@ class EffectsMixin:
         if self.reference_ is None:  # training was interrupted
             self.reference_ = encode_reference(self)
         _check_numbers(delta, n_samples, n_sham)
-        target, origin = target_levels(self, to), target_levels(self, from_, "from_")
+        target, origin = registered_levels(self, to), registered_levels(self, from_, "from_")
         source = self._validate_anndata(own_copy(adata) if adata.is_view else adata)
         try:
             cells = _source_cells(self, source, target, origin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,7 +21,8 @@ from scvi.data.fields import (
 from scvi.model.base import BaseModelClass
 
 from ._effects import EffectsMixin
-from ._keys import CONDITION_KEY
+from ._keys import CONDITION_KEY, DOSE_KEY
+from ._levels import DescribedLevels, Levels, checked_table
 from ._module import DiscoverVAE
 from ._readout import ReadoutMixin
 from ._training import TrainingMixin
@@ -28,6 +30,7 @@ from .data._checks import (
     check_columns,
     check_conditions,
     check_counts,
+    check_doses,
     check_finite,
     check_finite_columns,
     check_names,
@@ -38,6 +41,9 @@ from .data._checks import (
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+_SEPARATOR = "combination_separator"
+_N_RESPONSES = 4  # doses of half response; more of them hardly differ in shape
 
 
 class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
@@ -160,10 +166,15 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
             )
         if gene_likelihood != "normal":
             check_counts(self.adata, self._layer)
+        self.added_levels_ = {key: [] for key in self.condition_keys}
+        if prior == "class_mean":
+            _check_plain_levels(self._condition_levels, self.dose_key)
         self.module = self._module_cls(
             n_input=self.summary_stats.n_vars,
             condition_targets=self._condition_targets(given_label=invariance == "conditional"),
             label_frequencies=self._label_frequencies() if invariance == "conditional" else None,
+            designs=[torch.as_tensor(levels.design) for levels in self._condition_levels],
+            dose_scales=self._dose_scales(),
             n_batch=self.summary_stats.n_batch,
             n_cats_per_cov=self._n_cats_per_covariate(),
             n_continuous_cov=self.summary_stats.get("n_extra_continuous_covs", 0),
@@ -193,6 +204,7 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         )
         self.reference_ = None
         self.counterfactual_choice_ = None
+        self.doses_ = self._measured_doses()
         self.init_params_ = self._get_init_params(locals())
 
     # ----------------------------------------------------------------------- setup
@@ -208,6 +220,9 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         size_factor_key: str | None = None,
         categorical_covariate_keys: list[str] | None = None,
         continuous_covariate_keys: list[str] | None = None,
+        combination_separator: str | None = "+",
+        condition_embedding: str | None = None,
+        dose_key: str | None = None,
         source_registry: dict | None = None,
     ) -> None:
         """Register the columns and the layer that the model reads.
@@ -232,6 +247,15 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
             Column with positive size factors; only their ratios matter. None: total counts.
         categorical_covariate_keys, continuous_covariate_keys
             Columns with further covariates that both decoders are told.
+        combination_separator
+            What stands between the parts of a combined condition: ``A+B`` shares what is learned
+            of ``A`` and of ``B``, in any order. None: every level stands for itself.
+        condition_embedding
+            Key of ``adata.uns`` with a DataFrame of levels x features that describes every level
+            of the (first) condition key; new levels can then be predicted from a description.
+        dose_key
+            Column with the dose, or the time, of the (first) condition key: not negative, 0 for
+            untreated cells. Each treatment learns its own response.
         source_registry
             Registry of a saved model; passed by :meth:`load`.
 
@@ -241,9 +265,14 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
             If a column or the layer does not exist.
         ValueError
             If values are NaN or infinite, a condition is missing for a cell, there are fewer than
-            two conditions or one has fewer than 3 cells, a size factor is not positive, names are
-            not unique or the selection is empty.
+            two conditions or one has fewer than 3 cells, a combination repeats a part or is there
+            in two orders, a description or a dose cannot be used, a size factor is not positive,
+            names are not unique or the selection is empty.
+        TypeError
+            If the description is no DataFrame.
         """
+        if source_registry is not None and _SEPARATOR not in source_registry["setup_args"]:
+            combination_separator = None  # saved before combinations were known
         setup_method_args = cls._get_setup_method_args(**locals())
         del setup_method_args["setup_args"]["source_registry"]
         condition_keys = _as_list(condition_key)
@@ -253,6 +282,14 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         _check_overlap(columns)
         if source_registry is None:
             check_conditions(adata, condition_keys)
+            for key in condition_keys:
+                Levels(key, _names(adata, key), combination_separator)
+            check_doses(adata, dose_key)
+            if condition_embedding is not None:
+                setup_args = setup_method_args["setup_args"]
+                setup_args["condition_embedding"] = _described(
+                    adata, condition_keys[0], condition_embedding
+                )
         _check_if_view(adata, copy_if_view=True)
         fields = [
             LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=False),
@@ -260,6 +297,7 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
             CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key),
             CategoricalObsField(REGISTRY_KEYS.LABELS_KEY, labels_key),
             NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key, required=False),
+            NumericalObsField(DOSE_KEY, dose_key, required=False),
             CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical_covariate_keys),
             NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous_covariate_keys),
         ]
@@ -301,7 +339,60 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
     def _levels(self) -> dict[str, np.ndarray]:
         """Levels of each condition key as they stand in the column, of its own type."""
         mappings = self.adata_manager.get_state_registry(CONDITION_KEY).mappings
-        return {key: mappings[key] for key in self.condition_keys}
+        return {
+            key: np.append(mappings[key], added) if added else mappings[key]
+            for key, added in self.added_levels_.items()
+        }
+
+    @property
+    def _condition_levels(self) -> list[Levels]:
+        """Levels of each condition key and their design, those added after training included."""
+        separator, table = self._setup_args[_SEPARATOR], self._setup_args["condition_embedding"]
+        mappings = self.adata_manager.get_state_registry(CONDITION_KEY).mappings
+        keys = []
+        for key, added in self.added_levels_.items():
+            names = [str(level) for level in mappings[key]]
+            if table is not None and not keys:
+                keys.append(DescribedLevels(key, names, table, added))
+            else:
+                keys.append(Levels(key, names, separator, added))
+        return keys
+
+    def _tell_added_levels(self) -> None:
+        """Make the networks' input know the levels that were added after training."""
+        n_added = [len(added) for added in self.added_levels_.values()]
+        self.module.conditions.tell_added(n_added)
+
+    @property
+    def dose_key(self) -> str | None:
+        """Column of ``adata.obs`` that holds the dose, if one was registered."""
+        return self._setup_args["dose_key"]
+
+    def _doses_of(self, adata: AnnData) -> np.ndarray | None:
+        """Return the doses of registered cells, ``(n_cells,)``; None without ``dose_key``."""
+        if self.dose_key is None:
+            return None
+        return np.asarray(self.get_from_registry(adata, DOSE_KEY), dtype=np.float32).ravel()
+
+    def _measured_doses(self) -> dict[str, list[float]] | None:
+        """Return the doses at which each level of the first key was measured."""
+        doses = self._doses_of(self.adata)
+        if doses is None:
+            return None
+        codes = self._condition_codes()[:, 0]
+        return {
+            level: np.unique(doses[codes == code]).tolist()
+            for code, level in enumerate(self._condition_levels[0].names)
+        }
+
+    def _dose_scales(self) -> torch.Tensor | None:
+        """Return doses of half response, evenly spread in log dose over the measured ones."""
+        doses = self._doses_of(self.adata)
+        if doses is None:
+            return None
+        positive = doses[doses > 0]
+        low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+        return torch.as_tensor(np.geomspace(low, high, _N_RESPONSES), dtype=torch.float32)
 
     def _condition_codes(self, adata: AnnData | None = None) -> np.ndarray:
         """Return the codes of registered cells, ``int64`` of shape ``(n_cells, n_keys)``."""
@@ -383,7 +474,7 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
             adata = match_genes(adata, genes)
             _check_known_levels(adata, registry)
         try:
-            return super().load(dir_path, adata, accelerator, device, prefix)
+            model = super().load(dir_path, adata, accelerator, device, prefix)
         except RuntimeError as error:
             if "condition_target" not in str(error):
                 raise
@@ -392,6 +483,8 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
                 "not know. Load it with the labels it was trained on and hand the new cells over "
                 "to its methods."
             ) from error
+        model._tell_added_levels()
+        return model
 
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
         """Check cells that are new to the model, put their genes in order, register them.
@@ -403,9 +496,21 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
             return super()._validate_anndata(adata, copy_if_view=copy_if_view)
         adata = self._check_new_cells(adata)
         _check_if_view(adata, copy_if_view=copy_if_view)
-        manager = self.adata_manager.transfer_fields(adata, extend_categories=True)
-        self._register_manager_for_instance(manager)
+        self._register_manager_for_instance(self._transferred(adata))
         return adata
+
+    def _transferred(self, adata: AnnData) -> AnnDataManager:
+        """Register cells as those of training were, with the levels added after it."""
+        own = self.adata_manager
+        registry = deepcopy(own.registry)
+        registry["field_registries"][CONDITION_KEY]["state_registry"]["mappings"] |= self._levels
+        manager = AnnDataManager(
+            fields=own.fields,
+            setup_method_args=own._get_setup_method_args(),
+            validation_checks=own.validation_checks,
+        )
+        manager.register_fields(adata, source_registry=registry, extend_categories=True)
+        return manager
 
     def _forget(self, adata: AnnData) -> None:
         """Drop what the model keeps of cells that it was handed, which holds them alive."""
@@ -415,7 +520,7 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         check_names(adata)
         adata = match_genes(adata, self.adata.var_names)
         _check_columns_of(adata, _columns(self._setup_args))
-        _check_known_levels(adata, self.registry)
+        _check_known_levels(adata, self.registry, self._levels)
         check = check_finite if self.module.gene_likelihood == "normal" else check_counts
         with warnings.catch_warnings():
             # genes without counts among a few new cells are no news
@@ -437,6 +542,20 @@ def _as_list(condition_key: str | list[str]) -> list[str]:
     return keys
 
 
+def _names(adata: AnnData, key: str) -> list[str]:
+    return list(adata.obs[key].astype(str).unique())
+
+
+def _described(adata: AnnData, key: str, embedding: str) -> dict:
+    """Return the checked descriptions of the levels of a key."""
+    if embedding not in adata.uns:
+        raise KeyError(
+            f"condition_embedding: {embedding!r} is not in adata.uns; there are "
+            f"{sorted(map(str, adata.uns))}. Put a DataFrame of levels x features there."
+        )
+    return checked_table(adata.uns[embedding], embedding, _names(adata, key))
+
+
 def _columns(setup_args: dict) -> dict[str, str | list[str] | None]:
     """Return the columns of ``adata.obs`` that set-up arguments name."""
     return {name: columns for name, columns in setup_args.items() if "_key" in name}
@@ -447,8 +566,8 @@ def _check_columns_of(adata: AnnData, columns: dict[str, str | list[str] | None]
     check_names(adata)
     check_columns(adata, **columns)
     check_no_missing(adata, **columns)
-    continuous = ("size_factor_key", "continuous_covariate_keys")
-    check_finite_columns(adata, **{name: columns[name] for name in continuous})
+    continuous = ("size_factor_key", "continuous_covariate_keys", "dose_key")
+    check_finite_columns(adata, **{name: columns.get(name) for name in continuous})
     _check_size_factor(adata, columns["size_factor_key"])
 
 
@@ -463,10 +582,12 @@ def _check_overlap(columns: dict[str, str | list[str] | None]) -> None:
         )
 
 
-def _check_known_levels(adata: AnnData, registry: dict) -> None:
+def _check_known_levels(
+    adata: AnnData, registry: dict, conditions: dict[str, np.ndarray] | None = None
+) -> None:
     """Refuse levels of conditions, batches and covariates that the model was not trained with."""
     fields = registry["field_registries"]
-    known = dict(fields[CONDITION_KEY]["state_registry"]["mappings"])
+    known = dict(conditions or fields[CONDITION_KEY]["state_registry"]["mappings"])
     known |= fields[REGISTRY_KEYS.CAT_COVS_KEY]["state_registry"].get("mappings", {})
     batch_key = registry["setup_args"]["batch_key"]
     if batch_key is not None:
@@ -480,6 +601,22 @@ def _check_known_levels(adata: AnnData, registry: dict) -> None:
                 f"Levels {unknown} of adata.obs[{key!r}] are not known to the model; known are "
                 f"{levels}. Remove these cells, train with them, or put one of the known levels "
                 "there to decode as if they were of it."
+            )
+
+
+def _check_plain_levels(keys: list[Levels], dose_key: str | None) -> None:
+    """Refuse parts, descriptions and doses under a prior that keeps one mean per level."""
+    if dose_key is not None or isinstance(keys[0], DescribedLevels):
+        raise ValueError(
+            "prior='class_mean' keeps one mean per level and reads neither doses nor descriptions. "
+            "Choose prior='learned', or set up the model without dose_key and condition_embedding."
+        )
+    for levels in keys:
+        if levels.combines:
+            raise ValueError(
+                f"Levels of {levels.key!r} are combinations, which prior='class_mean' cannot take "
+                "apart; it keeps one mean per level. Choose prior='learned', or switch "
+                "combinations off with combination_separator=None in setup_anndata."
             )
 
 

@@ -24,15 +24,15 @@ from ._calibration import (
     closed,
     combine,
 )
-from ._counterfactual import Way, choose_way
+from ._counterfactual import COMPARING, Reference, Way, choose_way
 from ._expression import expression_of
 from ._keys import LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
+from ._priors import LearnedPrior
 from ._reference import (
     effects_between,
     groups_of,
     normalized,
     profile_of,
-    reference_between,
 )
 from ._support import Support, warn_of_low_support
 
@@ -43,14 +43,13 @@ if TYPE_CHECKING:
 
     from ._group_effects import GroupEffects
     from ._model import DISCoVeR
-
-_WAYS_OF_THE_PRIOR = ("prior", "abduction")
+    from ._target import Target
 
 
 def predict_counterfactual(
     model: DISCoVeR,
     adata: ad.AnnData,
-    to: str | dict[str, str],
+    target: Target,
     method: str,
     n_samples: int,
     interval: float,
@@ -60,7 +59,6 @@ def predict_counterfactual(
 ) -> ad.AnnData:
     """Predict source cells under another condition; see the model's method."""
     _check_numbers(n_samples, interval, library_size)
-    target = target_levels(model, to)
     source = model._validate_anndata(own_copy(adata) if adata.is_view else adata)
     try:
         result = _empty_result(model, source)
@@ -68,8 +66,8 @@ def predict_counterfactual(
         _warn_of_treated(model, source, target)
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
-            for codes, cells in _cells_by_source(model, source):
-                move = _fit_move(model, method, codes, target)
+            for codes, dose, cells in _cells_by_source(model, source):
+                move = _fit_move(model, method, codes, dose, target)
                 result.ways[move.source_name] = move.description
                 result.choices[move.source_name] = _choice(move)
                 batches = SourceBatches(model, source, cells, batch_size)
@@ -112,44 +110,12 @@ def own_copy(view: ad.AnnData) -> ad.AnnData:
     return view.to_memory() if view.isbacked else view.copy()
 
 
-def target_levels(
-    model: DISCoVeR, to: str | dict[str, str], argument: str = "to"
-) -> dict[int, int]:
-    """Return the code asked for of each key that is asked for, by the key's position."""
-    conditions = model.conditions
-    if not isinstance(to, dict):
-        if len(conditions) > 1:
-            raise ValueError(
-                f"{argument} is {to!r} and there are several condition keys, {list(conditions)}. "
-                f"Say which: {argument}={{key: level}}."
-            )
-        to = {next(iter(conditions)): to}
-    target = {}
-    for key, level in to.items():
-        if key not in conditions:
-            raise ValueError(
-                f"{argument} names the key {key!r}; condition keys are {list(conditions)}. Use one "
-                "of them."
-            )
-        if str(level) not in conditions[key]:
-            raise ValueError(
-                f"Condition {level!r} of {key!r} is not known; known are {conditions[key]}. Choose "
-                "one of them, or train with cells of that condition."
-            )
-        target[list(conditions).index(key)] = conditions[key].index(str(level))
-    if not target:
-        raise ValueError(f"{argument} is empty; name a level of one of {list(conditions)}.")
-    return target
-
-
-def _warn_of_treated(model: DISCoVeR, source: ad.AnnData, target: dict[int, int]) -> None:
-    codes = model._condition_codes(source)[:, list(target)]
-    n_treated = (codes == list(target.values())).all(axis=1).sum()
+def _warn_of_treated(model: DISCoVeR, source: ad.AnnData, target: Target) -> None:
+    n_treated = target.is_met(model._condition_codes(source), model._doses_of(source)).sum()
     if n_treated:
-        asked = [list(model.conditions.values())[key][code] for key, code in target.items()]
         warnings.warn(
-            f"{n_treated} of {len(codes)} cells are under {asked} already; asked about the "
-            "condition that they are under, cells come back denoised and not as a prediction. "
+            f"{n_treated} of {source.n_obs} cells are under {target.name()} already; asked about "
+            "the condition that they are under, cells come back denoised and not as a prediction. "
             "Pass cells under another condition only.",
             UserWarning,
             stacklevel=settings.warnings_stacklevel,
@@ -158,11 +124,18 @@ def _warn_of_treated(model: DISCoVeR, source: ad.AnnData, target: dict[int, int]
 
 def _cells_by_source(
     model: DISCoVeR, source: ad.AnnData
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield each combination of condition codes among the source cells, and its cells."""
-    codes = model._condition_codes(source)
-    for combination in np.unique(codes, axis=0):
-        yield combination, np.flatnonzero((codes == combination).all(axis=1))
+) -> Iterator[tuple[np.ndarray, float | None, np.ndarray]]:
+    """Yield each combination of condition codes (and dose) of source cells, and its cells."""
+    codes, doses = model._condition_codes(source), model._doses_of(source)
+    columns = codes if doses is None else np.column_stack([codes, doses])
+    for combination in np.unique(columns, axis=0):
+        cells = np.flatnonzero((columns == combination).all(axis=1))
+        yield codes[cells[0]], None if doses is None else float(doses[cells[0]]), cells
+
+
+def _source_name(model: DISCoVeR, codes: np.ndarray, dose: float | None) -> str:
+    name = "+".join(_level_names(model, codes))
+    return name if dose is None else f"{name} at {dose:g}"
 
 
 def _level_names(model: DISCoVeR, codes: np.ndarray) -> list[str]:
@@ -184,35 +157,41 @@ class _Move:
 
 
 def _fit_move(
-    model: DISCoVeR, method: str, source_codes: np.ndarray, target: dict[int, int]
+    model: DISCoVeR,
+    method: str,
+    source_codes: np.ndarray,
+    source_dose: float | None,
+    target: Target,
 ) -> _Move:
     """Fit what replaces w on the reference cells."""
-    target_codes = source_codes.copy()
-    target_codes[list(target)] = list(target.values())
-    features = (
-        model.module.conditions(torch.as_tensor(codes).unsqueeze(0))
-        for codes in (source_codes, target_codes)
+    trained = model.reference_
+    reference = Reference(
+        z=trained["z"],
+        w=trained["w"],
+        is_source=target.is_source(
+            trained["condition_codes"], trained["doses"], source_codes, source_dose
+        ),
+        is_target=target.is_target(trained["condition_codes"]),
+        groups=trained["groups"],
     )
-    way, description = choose_way(method, model.module, *features)
-    sides = (model.reference_, list(target), source_codes, target_codes)
-    reference = reference_between(*sides)
-    if method not in _WAYS_OF_THE_PRIOR:
-        for side, codes in (
-            (reference.is_source, source_codes),
-            (reference.is_target, target_codes),
-        ):
-            if not side.any():
-                raise ValueError(
-                    f"The model was set up with no cell under {_level_names(model, codes)}, which "
-                    f"method={method!r} compares. Ask for one key at a time, or use "
-                    "method='abduction', which asks the learned prior."
-                )
+    pieces = target.pieces(model, reference, source_codes, source_dose)
+    told = reference.is_target.any() if pieces is None else pieces.cells is not None
+    compares = reference.is_source.any() and told
+    if not compares and (method in COMPARING or not isinstance(model.module.prior, LearnedPrior)):
+        missing = target.name() if reference.is_source.any() else _level_names(model, source_codes)
+        raise ValueError(
+            f"The model was set up with no cell under {missing}, which method={method!r} compares "
+            "with others. Ask for one key at a time, or use method='abduction', which asks the "
+            "learned prior."
+        )
+    features = target.features(model, source_codes, source_dose)
+    way, description = choose_way(method, model.module, *features, pieces, compares)
     return _Move(
-        source_name="+".join(_level_names(model, source_codes)),
+        source_name=_source_name(model, source_codes, source_dose),
         way=way.fit(reference),
         description=description,
-        effects=effects_between(*sides),
-        support=Support(reference),
+        effects=effects_between(trained, target, source_codes, source_dose),
+        support=Support(reference, None if pieces is None else pieces.cells),
     )
 
 
@@ -415,7 +394,7 @@ def _finish(
     model: DISCoVeR,
     source: ad.AnnData,
     result: _Result,
-    target: dict[int, int],
+    target: Target,
     n_samples: int,
     interval: float,
     library_size: float,
@@ -425,16 +404,17 @@ def _finish(
     own = [name for name in source.obs if not name.startswith("_scvi")]
     obs = source.obs[own].copy()
     asked = {}
-    for position, code in target.items():
-        key, levels = list(model.conditions.items())[position]
-        asked[key] = levels[code]
-        if f"{key}_source" in obs:
-            raise ValueError(
-                f"adata.obs has a column {key}_source, which the prediction would overwrite with "
-                "the condition that each cell came from. Rename it."
-            )
-        obs[f"{key}_source"] = obs[key]
-        obs[key] = pd.Categorical.from_codes([code] * len(obs), categories=model._levels[key])
+    for position, level in target.asked.items():
+        key = model.condition_keys[position]
+        asked[key] = level
+        _keep_source(obs, key)
+        levels, code = list(model._levels[key]), target.codes[position]
+        levels, code = (levels, code) if code is not None else ([*levels, level], len(levels))
+        obs[key] = pd.Categorical.from_codes([code] * len(obs), categories=levels)
+    if target.dose is not None:
+        asked[model.dose_key] = target.dose
+        _keep_source(obs, model.dose_key)
+        obs[model.dose_key] = target.dose
     prediction = ad.AnnData(result.mean, obs, source.var.copy())
     prediction.layers["lower"], prediction.layers["upper"] = result.lower, result.upper
     order = np.argsort(np.concatenate([rows for rows, _ in result.counts]))
@@ -467,3 +447,35 @@ def _group_intervals(
         for key, sign in zip(profiles, (0, -1, 1), strict=True):
             profiles[key][name] = estimate.profile + sign * half_width * estimate.error
     return profiles
+
+
+def _keep_source(obs: pd.DataFrame, key: str) -> None:
+    """Keep, beside the condition or dose predicted, the one that each cell came from."""
+    if f"{key}_source" in obs:
+        raise ValueError(
+            f"adata.obs has a column {key}_source, which the prediction would overwrite with "
+            "the condition that each cell came from. Rename it."
+        )
+    obs[f"{key}_source"] = obs[key]
+
+
+def concatenated(predictions: list[ad.AnnData], targets: list[Target]) -> ad.AnnData:
+    """Return predictions under several levels below each other, cells named by their level."""
+    if len(predictions) == 1:
+        return predictions[0]
+    done = [prediction.uns["discover_counterfactual"] for prediction in predictions]
+    for prediction, target in zip(predictions, targets, strict=True):
+        prediction.obs_names = [f"{name}-{target.asked[0]}" for name in prediction.obs_names]
+    joined = ad.concat(predictions, merge="same")
+    for name in predictions[0].varm:
+        joined.varm[name] = pd.concat(
+            [
+                p.varm[name].rename(columns=lambda group, t=t: f"{group} under {t.asked[0]}")
+                for p, t in zip(predictions, targets, strict=True)
+            ],
+            axis=1,
+        )
+    key = next(iter(done[0]["to"]))
+    asked = done[0]["to"] | {key: [one["to"][key] for one in done]}
+    joined.uns["discover_counterfactual"] = done[0] | {"to": asked}
+    return joined

@@ -10,8 +10,10 @@ import torch
 
 from ._expression import expected_expression, sorted_cells
 from ._keys import OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY
-from ._prediction import predict_counterfactual
+from ._prediction import concatenated, predict_counterfactual
 from ._reference import encode_reference
+from ._target import targets_of
+from .evaluation import log_mean_profile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -232,7 +234,8 @@ class ReadoutMixin:
     def predict_counterfactual(
         self,
         adata: AnnData,
-        to: str | dict[str, str],
+        to: str | dict[str, str] | pd.DataFrame,
+        dose: float | None = None,
         method: Method = "auto",
         n_samples: int = 25,
         interval: float = 0.9,
@@ -249,7 +252,11 @@ class ReadoutMixin:
             that are under ``to`` already warn.
         to
             Level of the condition, or ``{condition_key: level}``; keys that are not named keep
-            each cell's level.
+            each cell's level. A combination of known parts (``"A+B"``) need not be registered.
+            After ``condition_embedding``, also a DataFrame that describes new levels (levels x
+            features): the cells are returned once under each.
+        dose
+            Dose of the level, after ``dose_key``; None: the only one that was measured.
         method
             How w is replaced; see the user guide. ``"shift"`` adds the mean change of w,
             ``"groups"`` that of the groups whose source cells look alike in w, ``"neighbors"``
@@ -289,11 +296,83 @@ class ReadoutMixin:
         Raises
         ------
         ValueError
-            If a level, key or method is unknown, or an argument out of range.
+            If a level, key or method is unknown, an argument is out of range, or a dose does not
+            fit.
+
+        Warns
+        -----
+        UserWarning
+            If the dose lies outside of the measured range of the level.
         """
         self._check_if_trained(warn=False, message=_UNTRAINED)
         if self.reference_ is None:  # training was interrupted
             self.reference_ = encode_reference(self)
-        return predict_counterfactual(
-            self, adata, to, method, n_samples, interval, library_size, batch_size, seed
-        )
+        targets = targets_of(self, to, dose)
+        options = (method, n_samples, interval, library_size, batch_size, seed)
+        predictions = [predict_counterfactual(self, adata, t, *options) for t in targets]
+        return concatenated(predictions, targets)
+
+    def predict_dose_response(
+        self,
+        adata: AnnData,
+        treatment: str,
+        doses: Sequence[float],
+        method: Method = "auto",
+        n_samples: int = 25,
+        interval: float = 0.9,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Mean expression of the same cells under several doses of a treatment.
+
+        Parameters
+        ----------
+        adata
+            Source cells, for example untreated ones.
+        treatment
+            Level of the (first) condition key.
+        doses
+            Doses, not negative; between measured ones or moderately beyond.
+        method, n_samples, interval, seed
+            As in :meth:`predict_counterfactual`.
+
+        Returns
+        -------
+        One row per dose and gene: ``dose``; ``gene``; ``mean``, the expected expression averaged
+        over cells, at 10,000 counts per cell; ``lower``, ``upper``, the cells' bounds averaged in
+        the same way; ``log_fold_change``, the difference of ``log1p(mean)`` and the source cells'
+        observed profile (natural logarithm).
+
+        Raises
+        ------
+        ValueError
+            If the model was set up without doses, the treatment is unknown, or a dose is negative
+            or not finite.
+
+        Warns
+        -----
+        UserWarning
+            If a dose lies outside of what was measured of the treatment.
+        """
+        key = self.condition_keys[0]
+        source = log_mean_profile(self._counts_of(adata))
+        parts = []
+        for dose in doses:
+            predicted = self.predict_counterfactual(
+                adata,
+                to={key: treatment},
+                dose=dose,
+                method=method,
+                n_samples=n_samples,
+                interval=interval,
+                seed=seed,
+            )
+            mean = np.asarray(predicted.X).mean(axis=0)
+            part = {"dose": float(dose), "gene": predicted.var_names, "mean": mean}
+            part |= {b: predicted.layers[b].mean(axis=0) for b in ("lower", "upper")}
+            parts.append(pd.DataFrame(part | {"log_fold_change": np.log1p(mean) - source}))
+        return pd.concat(parts, ignore_index=True)
+
+    def _counts_of(self, adata: AnnData) -> np.ndarray:
+        """Return the expression of the model's genes."""
+        genes = adata[:, self.adata.var_names]
+        return genes.X if self._layer is None else genes.layers[self._layer]

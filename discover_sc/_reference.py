@@ -11,7 +11,7 @@ from scvi import REGISTRY_KEYS
 from sklearn.metrics import pairwise_distances_argmin
 
 from ._calibration import PROFILE_LIBRARY
-from ._counterfactual import MIN_GROUP_CELLS, Reference, cluster_groups
+from ._counterfactual import MIN_GROUP_CELLS, cluster_groups
 from ._group_effects import GroupEffects
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._model import DISCoVeR
+    from ._target import Target
 
 _MAX_GROUP_CELLS = 2000
 
@@ -27,8 +28,8 @@ def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
     """Return latents, condition codes, groups and group profiles of the model's cells.
 
     Training and validation cells, never the test split, which a user may hold out by external
-    indexing; of each combination of conditions and group at most 2,000 cells, drawn at random.
-    Groups are the labels, or k-means clusters of z that stay as they are from then on.
+    indexing; of each combination of conditions (and dose) and group at most 2,000 cells, drawn at
+    random. Groups are the labels, or k-means clusters of z that stay as they are from then on.
 
     Parameters
     ----------
@@ -37,45 +38,75 @@ def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
 
     Returns
     -------
-    Per cell ``z``, ``w``, ``condition_codes`` and ``groups``; ``cluster_centers`` of z, or None
-    where there are labels; per combination of conditions and group that occurs
-    ``profile_codes``, ``profile_groups``, ``profile_n_cells`` and ``profiles``
-    (:func:`profile_of`).
+    Per cell ``z``, ``w``, ``condition_codes``, ``doses`` (None if there are none) and ``groups``;
+    ``cluster_centers`` of z, or None where there are labels; per combination of conditions, dose
+    and group that occurs ``profile_codes``, ``profile_doses``, ``profile_groups``,
+    ``profile_n_cells`` and ``profiles`` (:func:`profile_of`).
     """
     cells = np.sort(np.concatenate([model.train_indices, model.validation_indices]))
-    codes = model._condition_codes()[cells]
     centers = None
-    if model.labels_key is not None:
-        groups = model.adata.obs[model.labels_key].astype(str).to_numpy(dtype=str)[cells]
-    else:
-        clusters = cluster_groups(model.get_latent_representation(latent="z", indices=cells))
-        centers, groups = (
-            clusters.cluster_centers_,
-            np.array([f"cluster_{k}" for k in clusters.labels_]),
-        )
-    kept = at_most(_MAX_GROUP_CELLS, np.column_stack([codes.astype(str), groups]))
-    cells, codes, groups = cells[kept], codes[kept], groups[kept]
-    pairs, pair_of_cell = np.unique(
-        np.column_stack([codes.astype(str), groups]), axis=0, return_inverse=True
-    )
-    return {
-        "z": model.get_latent_representation(latent="z", indices=cells),
-        "w": model.get_latent_representation(latent="w", indices=cells),
-        "condition_codes": codes,
-        "groups": groups,
-        "cluster_centers": centers,
-        "profile_codes": pairs[:, :-1].astype(int),
-        "profile_groups": pairs[:, -1],
-        "profile_n_cells": np.bincount(pair_of_cell.ravel()),
-        "profiles": _profiles(model, cells, pair_of_cell.ravel()),
+    if model.labels_key is None:
+        z = model.get_latent_representation(latent="z", indices=cells)
+        centers = cluster_groups(z).cluster_centers_
+    return {"cluster_centers": centers} | _encode(model, model.adata, cells, centers)
+
+
+def grow_reference(model: DISCoVeR, adata: AnnData) -> None:
+    """Let cells that were added after training join the reference of the model.
+
+    Parameters
+    ----------
+    model
+        A trained model.
+    adata
+        Registered cells; their conditions are new, so that no profile of the reference changes.
+    """
+    reference = model.reference_
+    joining = _encode(model, adata, np.arange(adata.n_obs), reference["cluster_centers"])
+    model.reference_ = reference | {
+        name: np.concatenate([reference[name], new])
+        for name, new in joining.items()
+        if new is not None
     }
 
 
-def _profiles(model: DISCoVeR, cells: np.ndarray, pair_of_cell: np.ndarray) -> np.ndarray:
+def _encode(
+    model: DISCoVeR, adata: AnnData, cells: np.ndarray, centers: np.ndarray | None
+) -> dict[str, np.ndarray | None]:
+    """Return what the reference holds of some cells."""
+    codes, doses = model._condition_codes(adata)[cells], model._doses_of(adata)
+    if centers is None:
+        groups = adata.obs[model.labels_key].astype(str).to_numpy(dtype=str)[cells]
+    else:
+        groups = _nearest(model.get_latent_representation(adata, indices=cells), centers)
+    keys = pd.DataFrame(codes).assign(group=groups)
+    if doses is not None:
+        keys["dose"] = doses[cells]
+    kept = at_most(_MAX_GROUP_CELLS, keys)
+    cells, keys = cells[kept], keys.iloc[kept]
+    grouped = keys.groupby(list(keys), sort=True)
+    pair_of_cell, pairs = grouped.ngroup().to_numpy(), grouped.size().reset_index(name="n_cells")
+    return {
+        "z": model.get_latent_representation(adata, latent="z", indices=cells),
+        "w": model.get_latent_representation(adata, latent="w", indices=cells),
+        "condition_codes": codes[kept],
+        "doses": None if doses is None else doses[cells],
+        "groups": groups[kept],
+        "profile_codes": pairs[list(range(codes.shape[1]))].to_numpy(),
+        "profile_doses": None if doses is None else pairs["dose"].to_numpy(),
+        "profile_groups": pairs["group"].to_numpy(dtype=str),
+        "profile_n_cells": pairs["n_cells"].to_numpy(),
+        "profiles": _profiles(model, adata, cells, pair_of_cell),
+    }
+
+
+def _profiles(
+    model: DISCoVeR, adata: AnnData, cells: np.ndarray, pair_of_cell: np.ndarray
+) -> np.ndarray:
     n_pairs = pair_of_cell.max() + 1
     sums = torch.zeros(n_pairs, model.summary_stats.n_vars, dtype=torch.float64)
     start = 0
-    for tensors in model._make_data_loader(model.adata, indices=cells):
+    for tensors in model._make_data_loader(adata, indices=cells):
         x = tensors[REGISTRY_KEYS.X_KEY]
         pair = torch.as_tensor(pair_of_cell[start : start + len(x)])
         sums.index_add_(0, pair, normalized(model, x).double().cpu())
@@ -101,54 +132,43 @@ def groups_of(model: DISCoVeR, source: AnnData) -> np.ndarray:
     centers = model.reference_["cluster_centers"]
     if centers is None:
         return source.obs[model.labels_key].astype(str).to_numpy(dtype=str)
-    z = model.get_latent_representation(source)
+    return _nearest(model.get_latent_representation(source), centers)
+
+
+def _nearest(z: np.ndarray, centers: np.ndarray) -> np.ndarray:
     return np.array([f"cluster_{k}" for k in pairwise_distances_argmin(z, centers)])
 
 
-def reference_between(
-    reference: dict, keys: list[int], source_codes: np.ndarray, target_codes: np.ndarray
-) -> Reference:
-    """Return the latents of the reference cells, and which of them are on which side.
-
-    Parameters
-    ----------
-    reference
-        As :func:`encode_reference` returns it.
-    keys
-        Positions of the condition keys that are asked about; the others are not compared.
-    source_codes, target_codes
-        Condition codes of both sides, ``(n_condition_keys,)``.
-    """
-    codes = reference["condition_codes"][:, keys]
-    return Reference(
-        z=reference["z"],
-        w=reference["w"],
-        is_source=(codes == source_codes[keys]).all(axis=1),
-        is_target=(codes == target_codes[keys]).all(axis=1),
-        groups=reference["groups"],
-    )
-
-
 def effects_between(
-    reference: dict, keys: list[int], source_codes: np.ndarray, target_codes: np.ndarray
+    reference: dict, target: Target, source_codes: np.ndarray, source_dose: float | None
 ) -> GroupEffects | None:
     """Return the changes observed in the groups seen on both sides; None if there is none.
 
     Parameters
     ----------
-    reference, keys, source_codes, target_codes
-        As in :func:`reference_between`.
+    reference
+        As :func:`encode_reference` returns it.
+    target
+        Levels asked for.
+    source_codes, source_dose
+        Condition codes, ``(n_condition_keys,)``, and dose of the source cells.
     """
-    sides = [_group_profiles(reference, keys, codes) for codes in (source_codes, target_codes)]
+    codes, doses = reference["profile_codes"], reference["profile_doses"]
+    sides = [
+        _group_profiles(reference, side)
+        for side in (
+            target.is_source(codes, doses, source_codes, source_dose),
+            target.is_met(codes, doses),
+        )
+    ]
     matched = [group for group in sides[0] if group in sides[1]]
     if not matched:
         return None
     return GroupEffects(*(np.stack([side[group] for group in matched]) for side in sides))
 
 
-def _group_profiles(reference: dict, keys: list[int], codes: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the profile of each group that has enough cells under some condition codes."""
-    side = (reference["profile_codes"][:, keys] == codes[keys]).all(axis=1)
+def _group_profiles(reference: dict, side: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the profile of each group that has enough cells on a side."""
     profiles = {}
     for group in np.unique(reference["profile_groups"][side]):
         rows = side & (reference["profile_groups"] == group)
@@ -158,9 +178,8 @@ def _group_profiles(reference: dict, keys: list[int], codes: np.ndarray) -> dict
     return profiles
 
 
-def at_most(n_cells: int, groups: np.ndarray) -> np.ndarray:
-    """Return positions that keep at most ``n_cells`` of each group, ``(n, n_columns)``."""
-    order = np.random.default_rng(0).permutation(len(groups))
-    _, codes = np.unique(groups[order], axis=0, return_inverse=True)
-    rank = pd.Series(0, index=range(len(order))).groupby(codes.ravel()).cumcount().to_numpy()
+def at_most(n_cells: int, keys: pd.DataFrame) -> np.ndarray:
+    """Return positions that keep at most ``n_cells`` of each combination of keys, at random."""
+    order = np.random.default_rng(0).permutation(len(keys))
+    rank = keys.iloc[order].groupby(list(keys)).cumcount().to_numpy()
     return np.sort(order[rank < n_cells])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ._counterfactual import MIN_GROUP_CELLS, Reference
@@ -61,7 +62,7 @@ class Pool:
 
     def at_most(self, n_cells: int) -> Pool:
         """Return a pool of at most so many cells of each group, drawn at random."""
-        cells = at_most(n_cells, self.groups[:, None])
+        cells = at_most(n_cells, pd.DataFrame({"group": self.groups}))
         arrays = (self.z, self.w_source, self.w_target, self.is_source, self.is_target, self.groups)
         return Pool(*(array[cells] for array in arrays), self.is_sham)
 

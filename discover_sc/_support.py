@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,8 @@ from scvi import settings
 from sklearn.neighbors import NearestNeighbors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ._counterfactual import Reference
 
 _N_NEIGHBORS = 15
@@ -27,10 +30,16 @@ class Support:
     ----------
     reference
         Latents of the training cells and which of them are on which side.
+    parts
+        Cells under each part of a target that has no cells of its own, ``(n_cells,)`` each:
+        covered is what is covered under every part.
     """
 
-    def __init__(self, reference: Reference) -> None:
-        covered = reference.is_source & np.isin(reference.groups, reference.matched_groups)
+    def __init__(self, reference: Reference, parts: Sequence[np.ndarray] | None = None) -> None:
+        covered = reference.is_source
+        for is_target in [reference.is_target] if parts is None else parts:
+            one = replace(reference, is_target=is_target)
+            covered = covered & np.isin(one.groups, one.matched_groups)
         self._index = None
         if covered.sum() > 1:
             latents = np.hstack([reference.z, reference.w])[covered]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from math import ceil
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from scvi.model.base import UnsupervisedTrainingMixin
 
 from ._dispersion import fit_dispersion
+from ._new_condition import add_condition
 from ._reference import encode_reference
 from ._training_plan import DiscoverTrainingPlan, InvarianceStopping
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 _MIN_STEPS = 2000
 _MIN_EPOCHS = 20
@@ -73,6 +78,8 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         ------
         FloatingPointError
             If a term of the loss is not finite; the model keeps its last finite state.
+        RuntimeError
+            If conditions were added after training (:meth:`add_condition`).
 
         Notes
         -----
@@ -85,6 +92,12 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         accuracy is no measure of invariance: judge that with
         :func:`~discover_sc.evaluation.report`.
         """
+        if any(self.added_levels_.values()):
+            raise RuntimeError(
+                f"Conditions were added after training ({self.added_levels_}), and the cells that "
+                "the model was set up with hold none of them. Train a new model on all cells "
+                "together."
+            )
         plan_kwargs = dict(plan_kwargs or {})
         if "gradient_clip_val" in trainer_kwargs:  # Lightning refuses it under two optimisers
             plan_kwargs["gradient_clip_val"] = trainer_kwargs.pop("gradient_clip_val")
@@ -125,6 +138,35 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             self.module.eval()
         fit_dispersion(self)
         self.reference_ = encode_reference(self)
+
+    def add_condition(
+        self, adata: AnnData, condition_key: str | None = None, seed: int = 0
+    ) -> None:
+        """Learn a new condition from a few of its cells; everything else stays as it is.
+
+        Only the vectors by which the encoder of w and its prior know the new level are learned,
+        on the model's own loss, starting from those of the known level that fits best.
+        Predictions for other levels and latents of other cells do not change by a bit.
+
+        Parameters
+        ----------
+        adata
+            Cells, 10 to 200 say, of one or more cell types, all under one new level.
+        condition_key
+            Condition key of the level; may be left out if there is only one key.
+        seed
+            Seed of the posterior draws; the global random state is left alone.
+
+        Raises
+        ------
+        ValueError
+            If the cells are not all under one new level, or do not fit the model, or the prior is
+            ``"class_mean"``.
+        """
+        self._check_if_trained(warn=False, message="The model is not trained. Call model.train().")
+        if self.reference_ is None:  # training was interrupted
+            self.reference_ = encode_reference(self)
+        add_condition(self, adata, condition_key, seed)
 
 
 class _TrainingStarts(pl.Callback):

@@ -5,6 +5,7 @@ import scipy.stats
 from sklearn.metrics import r2_score
 
 from discover_sc.evaluation import (
+    additive_shift,
     change_pearson,
     counterfactual_scores,
     counterfactual_table,
@@ -210,6 +211,12 @@ def test_mean_shift_by_hand():
     changes = {"a": [1.0, -3.0, 0.0], "b": [0.0, -1.0, 0.5]}
     predicted = mean_shift([1.0, 1.0, 1.0], changes)
     np.testing.assert_allclose(predicted, [1.5, 0.0, 1.25])  # a profile is not below 0
+
+
+def test_additive_shift_by_hand():
+    changes = {"A": [1.0, -3.0, 0.0], "B": [0.5, 1.0, 0.5]}
+    predicted = additive_shift([1.0, 1.0, 1.0], changes)
+    np.testing.assert_allclose(predicted, [2.5, 0.0, 1.5])  # a profile is not below 0
 
 
 def test_nearest_shift_follows_the_group_with_the_nearest_control():

@@ -21,6 +21,7 @@ def test_names_of_data():
 
 def test_names_of_evaluation():
     assert discover_sc.evaluation.__all__ == [
+        "additive_shift",
         "benchmark_counterfactual",
         "chance_accuracy",
         "change_pearson",
@@ -29,6 +30,7 @@ def test_names_of_evaluation():
         "counterfactual_scores",
         "counterfactual_table",
         "direction_match",
+        "embedding_ablation",
         "energy_distance",
         "gap_closed",
         "gene_variances",
@@ -62,8 +64,10 @@ def test_methods_of_the_model():
     classes = [c for c in discover_sc.DISCoVeR.__mro__ if c.__module__.startswith("discover_sc")]
     own = {name for c in classes for name in vars(c) if not name.startswith("_")}
     assert sorted(own) == [
+        "add_condition",
         "condition_keys",
         "conditions",
+        "dose_key",
         "get_latent_representation",
         "get_loadings",
         "get_normalized_expression",
@@ -72,6 +76,7 @@ def test_methods_of_the_model():
         "labels_key",
         "load",
         "predict_counterfactual",
+        "predict_dose_response",
         "setup_anndata",
         "train",
         "treatment_effect",

@@ -228,6 +228,25 @@ def check_conditions(adata: AnnData, condition_keys: list[str]) -> None:
             )
 
 
+def check_doses(adata: AnnData, dose_key: str | None) -> None:
+    """Refuse doses that are negative, and doses without untreated or without treated cells."""
+    if dose_key is None:
+        return
+    doses = adata.obs[dose_key].to_numpy(dtype=float)
+    if (doses < 0).any():
+        raise ValueError(
+            f"dose_key: adata.obs[{dose_key!r}] goes down to {doses.min():g}; doses are 0 or "
+            "positive, on their natural scale (not logarithms). Correct them."
+        )
+    for missing, what in ((0 not in doses, "dose 0"), (not (doses > 0).any(), "a positive dose")):
+        if missing:
+            raise ValueError(
+                f"dose_key: no cell of adata.obs[{dose_key!r}] has {what}; a response needs "
+                "untreated cells, at dose 0, and treated ones. Add the control's cells with dose "
+                "0, or leave dose_key out."
+            )
+
+
 def match_genes(adata: AnnData, genes: Sequence[str]) -> AnnData:
     """Return the data with the model's genes in the model's order; a copy if that changes it."""
     check_names(adata)

@@ -1,9 +1,11 @@
 """Numbers that say how far to trust the latents and the predictions: arrays in, numbers out."""
 
+from ._ablation import embedding_ablation
 from ._benchmark import benchmark_counterfactual, gap_closed
 from ._cells import energy_distance, gene_variances, squared_mmd
 from ._conservation import kmeans_ari, kmeans_nmi
 from ._counterfactual import (
+    additive_shift,
     change_pearson,
     counterfactual_scores,
     counterfactual_table,
@@ -24,6 +26,7 @@ from ._report import report
 from ._rivals import counterfactual_methods
 
 __all__ = [
+    "additive_shift",
     "benchmark_counterfactual",
     "chance_accuracy",
     "change_pearson",
@@ -32,6 +35,7 @@ __all__ = [
     "counterfactual_scores",
     "counterfactual_table",
     "direction_match",
+    "embedding_ablation",
     "energy_distance",
     "gap_closed",
     "gene_variances",

@@ -271,6 +271,28 @@ def change_scores(
     return scores
 
 
+def additive_shift(control: ArrayLike, changes: Mapping[str, ArrayLike]) -> np.ndarray:
+    """Baseline of a combination: the control profile plus the change that each part makes.
+
+    Parameters
+    ----------
+    control
+        Control profile of the group, shape ``(n_genes,)``.
+    changes
+        Observed change under each part alone, shape ``(n_genes,)`` each.
+
+    Returns
+    -------
+    Predicted profile, not below 0, shape ``(n_genes,)``.
+
+    Examples
+    --------
+    >>> additive_shift([1.0, 2.0], {"A": [1.0, 0.0], "B": [2.0, -5.0]})
+    array([4., 0.])
+    """
+    return np.clip(np.asarray(control) + np.sum(list(changes.values()), axis=0), 0, None)
+
+
 def split_half_ceiling(
     treated: ArrayLike | sp.spmatrix,
     control: ArrayLike | sp.spmatrix,

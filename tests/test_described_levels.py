@@ -1,0 +1,229 @@
+"""Treatments known by a description, and treatments never seen."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from fitting import train_small
+
+from discover_sc import DISCoVeR
+from discover_sc._levels import DescribedLevels, checked_table
+from discover_sc.data import simulate
+from discover_sc.evaluation import embedding_ablation, log_mean_profile
+
+LEVELS = ["ctrl", "treat_1", "treat_2", "treat_3"]
+
+
+def described(n_conditions=4):
+    """Small cells whose treatments have three features; ``new_1`` and ``new_2`` have no cells."""
+    adata = simulate(400, 40, n_types=2, n_conditions=n_conditions, seed=0)
+    rng = np.random.default_rng(0)
+    index = [*adata.obs["condition"].cat.categories, "new_1", "new_2"]
+    adata.uns["drugs"] = pd.DataFrame(
+        rng.normal(size=(len(index), 3)), index, ["size", "charge", "dose"]
+    )
+    return adata
+
+
+@pytest.fixture(scope="module")
+def model():
+    return train_small(described(), {"condition_embedding": "drugs", "labels_key": "cell_type"})
+
+
+def controls(model):
+    return model.adata[(model.adata.obs["condition"] == "ctrl").to_numpy()].copy()
+
+
+def test_rows_are_standardised_over_registered_levels_and_new_ones_on_the_same_scale():
+    table = pd.DataFrame({"a": [0.0, 2.0, 50.0], "b": [1.0, 5.0, 50.0]}, ["x", "y", "new"])
+    levels = DescribedLevels("drug", ["x", "y"], checked_table(table, "drugs", ["x", "y"]))
+    root = np.sqrt(2)  # two features
+    np.testing.assert_allclose(levels.design * root, [[-1, -1], [1, 1]], rtol=1e-6)
+    row = levels.describe(table.loc[["new"], ["b", "a"]])["new"]  # columns by name
+    np.testing.assert_allclose(row * root, [49.0, 23.5], rtol=1e-6)
+
+
+def test_new_levels_are_predicted_once_each_and_named(model):
+    source, table = controls(model), model.adata.uns["drugs"]
+    both = model.predict_counterfactual(source, to=table.loc[["new_1", "new_2"]], n_samples=2)
+    assert both.n_obs == 2 * source.n_obs
+    assert both.obs_names.is_unique
+    assert both.obs["condition"].tolist() == ["new_1"] * source.n_obs + ["new_2"] * source.n_obs
+    assert both.uns["discover_counterfactual"]["to"] == {"condition": ["new_1", "new_2"]}
+    alone = model.predict_counterfactual(source, to=table.loc[["new_2"]], n_samples=2)
+    assert np.array_equal(alone.X, both.X[source.n_obs :])
+    assert not np.allclose(both.X[: source.n_obs], alone.X)
+
+
+def test_a_new_level_with_the_description_of_a_known_one_has_its_prior(model):
+    twin = model.adata.uns["drugs"].loc[["treat_1"]].set_axis(["twin"])
+    options = {"method": "prior", "n_samples": 2}
+    known, new = (
+        model.predict_counterfactual(controls(model), to=to, **options) for to in ("treat_1", twin)
+    )
+    np.testing.assert_allclose(new.X, known.X, rtol=1e-5)
+
+
+def test_a_level_without_cells_leaves_auto_the_prior_and_refuses_comparisons(model):
+    table = model.adata.uns["drugs"].loc[["new_1"]]
+    predicted = model.predict_counterfactual(controls(model), to=table, n_samples=2)
+    assert predicted.uns["discover_counterfactual"]["ways"] == ["abduction"]
+    with pytest.raises(ValueError, match=r"no cell under \['new_1'\], which method='shift'"):
+        model.predict_counterfactual(controls(model), to=table, method="shift")
+
+
+def test_the_table_is_saved_with_the_model(model, tmp_path):
+    model.save(tmp_path / "model")
+    cells = model.adata.copy()
+    del cells.uns["drugs"]
+    loaded = DISCoVeR.load(tmp_path / "model", cells, accelerator="cpu")
+    table = model.adata.uns["drugs"].loc[["new_1"]]
+    first, second = (
+        m.predict_counterfactual(controls(model), to=table, n_samples=2).X for m in (model, loaded)
+    )
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t: t.drop(index="ctrl"), ValueError, r"no row for the levels \['ctrl'\]; every"),
+        (
+            lambda t: t.drop("ctrl").reindex(t.index),
+            ValueError,
+            r"missing.*levels \['ctrl'\].*Fill",
+        ),
+        (lambda t: t.assign(size=1.0), ValueError, r"same value for all levels: \['size'\].*Rem"),
+        (lambda t: t * 0, ValueError, r"same value for all levels: .*tell levels apart"),
+        (
+            lambda t: t.T.assign(treat_1=t.loc["treat_2"]).T,
+            ValueError,
+            r"same row for the levels \['treat_2', 'treat_1'\]; a row must tell",
+        ),
+        (lambda t: pd.concat([t, t]), ValueError, "more than one row for the level 'ctrl'"),
+        (lambda t: t.iloc[:0], ValueError, "is empty; it needs at least one level"),
+        (lambda t: t.to_numpy(), TypeError, "of type ndarray; condition_embedding names a Data"),
+    ],
+    ids=["no row", "NaN", "constant feature", "constant", "twins", "twice", "empty", "array"],
+)
+def test_descriptions_that_cannot_be_used_are_refused(change, error, message):
+    adata = described()
+    adata.uns["drugs"] = change(adata.uns["drugs"])
+    with pytest.raises(error, match=message):
+        DISCoVeR.setup_anndata(adata, condition_key="condition", condition_embedding="drugs")
+
+
+def test_a_description_that_is_not_there_is_refused():
+    with pytest.raises(KeyError, match=r"condition_embedding: 'genes' is not in adata.uns; .*drug"):
+        DISCoVeR.setup_anndata(described(), condition_key="condition", condition_embedding="genes")
+
+
+def test_new_levels_that_cannot_be_read_are_refused(model):
+    table = model.adata.uns["drugs"].loc[["new_1"]]
+    for to, message in (
+        (table.drop(columns="size"), r"to lacks the features \['size'\]; new levels need all 3"),
+        (table * np.nan, r"to holds missing.* for the levels \['new_1'\]"),
+        (table.set_axis(["treat_1"]), r"to describes \['treat_1'\], which are registered"),
+        ("treat_9", r"'treat_9' of 'condition' is not known.*or describe new levels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.predict_counterfactual(controls(model), to=to)
+
+
+def test_a_description_is_refused_by_a_model_without_any(adata):
+    plain = train_small(adata)
+    with pytest.raises(ValueError, match=r"registered without descriptions. Pass condition_embed"):
+        plain.predict_counterfactual(adata, to=described().uns["drugs"].loc[["new_1"]])
+
+
+def test_class_means_read_no_descriptions():
+    adata = described()
+    DISCoVeR.setup_anndata(adata, condition_key="condition", condition_embedding="drugs")
+    with pytest.raises(ValueError, match="reads neither doses nor descriptions. Choose prior"):
+        DISCoVeR(adata, prior="class_mean")
+
+
+# ---------------------------------------------------------------------------- ablation
+
+
+def told(rng, n_treatments=16):
+    """Counts whose treatments move genes along a feature, and a predictor that reads it."""
+    names = ["ctrl", *(f"t{k}" for k in range(n_treatments))]
+    value = pd.Series([0.0, *rng.uniform(-1.5, 1.5, n_treatments)], names)
+    direction, base = rng.normal(size=30), rng.uniform(1, 4, 30)
+    condition = np.repeat(names, 40)
+    rate = np.exp(base + value[condition].to_numpy()[:, None] * direction)
+    rate = 3000 * rate / rate.sum(axis=1, keepdims=True)
+    adata = simulate(len(condition), 30)
+    adata.X = rng.poisson(rate).astype("float32")
+    adata.obs["condition"] = condition
+    table = value.to_frame("value")
+
+    def predict(training, embedding, levels):
+        conditions = training.obs["condition"].unique()
+        profiles = np.stack(
+            [log_mean_profile(training.X[training.obs["condition"] == c]) for c in conditions]
+        )
+        x = np.column_stack([np.ones(len(conditions)), embedding.loc[conditions, "value"]])
+        weights = np.linalg.lstsq(x, profiles, rcond=None)[0]
+        return {h: np.expm1([1, embedding.loc[h, "value"]] @ weights)[None] for h in levels}
+
+    return predict, adata, table
+
+
+def test_a_telling_description_beats_its_shuffled_rows_and_the_mean():
+    predict, adata, table = told(np.random.default_rng(0))
+    scores = embedding_ablation(predict, adata, table, condition_key="condition", control="ctrl")
+    assert scores.loc["embedding", "lfc_r2"] > 0.8
+    assert scores.loc["shuffled embedding", "lfc_r2"] < 0.2 * scores.loc["embedding", "lfc_r2"]
+    assert abs(scores.loc["no change", "lfc_r2"]) < 0.3
+
+
+def test_a_description_that_is_not_better_than_its_shuffled_rows_is_named():
+    _, adata, table = told(np.random.default_rng(0))
+
+    def deaf(training, embedding, levels):
+        return dict.fromkeys(levels, training.X.mean(axis=0, keepdims=True))
+
+    with pytest.warns(UserWarning, match="no better than the shuffled embedding .*Do not trust"):
+        embedding_ablation(deaf, adata, table, condition_key="condition", control="ctrl")
+
+
+def test_held_out_cells_are_kept_from_the_predictor_and_the_control_keeps_its_row():
+    predict, adata, table = told(np.random.default_rng(0))
+    calls = []
+
+    def watched(training, embedding, levels):
+        calls.append((set(training.obs["condition"]), embedding, levels))
+        return predict(training, embedding, levels)
+
+    options = {"condition_key": "condition", "control": "ctrl", "held_out": ["t1", "t2"]}
+    embedding_ablation(watched, adata, table, **options)
+    assert all(not seen & {"t1", "t2"} and levels == ["t1", "t2"] for seen, _, levels in calls)
+    given, shuffled = (embedding for _, embedding, _ in calls)
+    pd.testing.assert_frame_equal(given, table)
+    assert (shuffled.loc["ctrl"] == table.loc["ctrl"]).all()
+    assert (shuffled.drop("ctrl") != table.drop("ctrl")).all().all()
+    assert sorted(shuffled["value"]) == sorted(table["value"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"control": "dmso"}, "There are no cells under 'dmso'; control and held-out"),
+        ({"held_out": ["t99"]}, "There are no cells under 't99'"),
+        ({"held_out": [f"t{k}" for k in range(15)]}, "at least two of them must remain"),
+    ],
+)
+def test_what_cannot_be_ablated_is_refused(options, message):
+    predict, adata, table = told(np.random.default_rng(0))
+    arguments = {"condition_key": "condition", "control": "ctrl"} | options
+    with pytest.raises(ValueError, match=message):
+        embedding_ablation(predict, adata, table, **arguments)
+
+
+def test_an_embedding_without_a_row_is_refused():
+    predict, adata, table = told(np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"The embedding has no row for \['t3'\]; every level"):
+        embedding_ablation(
+            predict, adata, table.drop("t3"), condition_key="condition", control="ctrl"
+        )
