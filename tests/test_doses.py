@@ -8,6 +8,12 @@ from discover_sc import DISCoVeR
 from discover_sc._target import _between_doses
 from discover_sc.data import simulate
 
+# targets that no group was seen under
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The median support"),
+    pytest.mark.filterwarnings("ignore:.* already; asked about the condition"),
+]
+
 
 def dosed(doses=(0.1, 1.0, 10.0)):
     adata = simulate(400, 40, n_types=2, n_conditions=3, seed=0)

@@ -11,6 +11,9 @@ from discover_sc._levels import Levels
 from discover_sc._target import _measured_overlap
 from discover_sc.data import simulate
 
+# targets that no group was seen under
+pytestmark = pytest.mark.filterwarnings("ignore:The median support")
+
 
 def combined(keep=("ctrl", "A", "B", "A+B")):
     """Small cells under two treatments and both together."""
@@ -197,17 +200,11 @@ def test_a_model_saved_before_combinations_were_known_loads_with_levels_that_sha
         del arguments[name]
     for name in ("added_levels_", "doses_"):
         del saved["attr_dict"][name]
-    for name in ("centers", "doses"):
-        del saved["attr_dict"]["reference_"][name]
     for name in [name for name in saved["model_state_dict"] if name.endswith(".added")]:
         del saved["model_state_dict"][name]
     torch.save(saved, path)
     loaded = DISCoVeR.load(tmp_path / "model", adata.copy(), accelerator="cpu")
-    source = controls(model)
-    first, second = (
-        m.predict_counterfactual(source.copy(), to="A+B", n_samples=2, method="abduction").X
-        for m in (model, loaded)
-    )
+    first, second = (m.get_latent_representation(latent="w") for m in (model, loaded))
     assert np.array_equal(first, second)
     with pytest.raises(ValueError, match=r"Condition 'B\+A' of 'condition' is not known"):
-        loaded.predict_counterfactual(source, to="B+A")
+        loaded.predict_counterfactual(controls(model), to="B+A")

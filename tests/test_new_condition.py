@@ -9,6 +9,9 @@ from discover_sc import DISCoVeR
 from discover_sc._conditions import Conditions, ConditionVectors
 from discover_sc.data import simulate
 
+# targets that no group was seen under
+pytestmark = pytest.mark.filterwarnings("ignore:The median support")
+
 
 @pytest.fixture(scope="module")
 def cells():
