@@ -55,6 +55,7 @@ def predict_counterfactual(
                 anchor = None
                 if method == "auto" and model.module.gene_likelihood != "normal":
                     anchor = _Anchor(model, source, cells, groups.of_source, batch_size)
+                    anchor.add(target.missed_changes(model, codes))
                 batches = _batches(model, source, cells, batch_size)
                 _predict_cells(
                     model, batches, way, anchor, result, n_samples, interval, library_size
@@ -291,6 +292,11 @@ class _Anchor:
         self._log_factor = weight * (
             torch.log1p(observed * per_cell) - torch.log1p(decoded * per_cell)
         )
+
+    def add(self, changes: list[np.ndarray]) -> None:
+        """Add changes of the log profile that the decoder misses of a new condition."""
+        for change in changes:
+            self._log_factor += torch.as_tensor(change).to(self._log_factor)
 
     def apply(self, expression: Tensor, rows: np.ndarray, library_size: float) -> Tensor:
         """Return expression, given at the anchor's library, anchored and at another library."""
