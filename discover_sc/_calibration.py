@@ -57,7 +57,13 @@ def anchored(means: GroupMeans) -> tuple[np.ndarray, np.ndarray]:
     return means.decoded + missed, means.predicted + missed
 
 
-def combine(means: GroupMeans, effects: GroupEffects | None, *, calibrate: bool) -> GroupEstimate:
+def combine(
+    means: GroupMeans,
+    effects: GroupEffects | None,
+    missed: np.ndarray | float = 0.0,
+    *,
+    calibrate: bool,
+) -> GroupEstimate:
     """Weigh the model's estimate and the observed changes of like groups, gene by gene.
 
     Parameters
@@ -67,14 +73,17 @@ def combine(means: GroupMeans, effects: GroupEffects | None, *, calibrate: bool)
     effects
         Changes observed in other groups; None where no group was observed on both sides: then
         the estimate is the model's and its error is not known (NaN).
+    missed
+        Change that the decoder is known to miss of the target condition, ``(n_genes,)``.
     calibrate
         Otherwise the profile is the decoded one as it is.
     """
-    base, profile = anchored(means)
-    if not calibrate:
-        base, profile = means.decoded, means.predicted
-    elif effects is not None:
-        profile = profile + effects.weight_beside() * (base + effects.change(base) - profile)
+    base, profile = means.decoded, means.predicted
+    if calibrate:
+        base, profile = anchored(means)
+        profile = profile + missed
+        if effects is not None:
+            profile = profile + effects.weight_beside() * (base + effects.change(base) - profile)
     if effects is None:
         return GroupEstimate(profile, np.full_like(profile, np.nan))
     return GroupEstimate(profile, np.sqrt(effects.error_variance(profile, profile - base)))

@@ -167,6 +167,7 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         if gene_likelihood != "normal":
             check_counts(self.adata, self._layer)
         self.added_levels_ = {key: [] for key in self.condition_keys}
+        self.missed_changes_ = {}
         if prior == "class_mean":
             _check_plain_levels(self._condition_levels, self.dose_key)
         self.module = self._module_cls(

@@ -9,6 +9,7 @@ import torch
 
 from ._priors import LearnedPrior
 from ._reference import grow_reference
+from ._residual import missed_change
 from .data._checks import check_columns
 
 if TYPE_CHECKING:
@@ -38,8 +39,11 @@ def add_condition(model: DISCoVeR, adata: AnnData, condition_key: str | None, se
             [tensors] = model._make_data_loader(cells, batch_size=cells.n_obs)
             _learn(model.module, tensors, vectors, _starts(model, key))
             _join_reference(model, cells, level)
+            if model.module.gene_likelihood != "normal" and model.dose_key is None:
+                model.missed_changes_[level] = missed_change(model, cells, key, level)
     except BaseException:
         model.added_levels_ = before
+        model.missed_changes_.pop(level, None)
         for one, added in zip(vectors, kept, strict=True):
             one.added = added
         model._tell_added_levels()

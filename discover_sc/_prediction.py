@@ -73,8 +73,10 @@ def predict_counterfactual(
                 batches = SourceBatches(model, source, cells, batch_size)
                 names, group_of_cell = np.unique(groups[cells], return_inverse=True)
                 means = _group_means(model, batches, move.way, group_of_cell, len(names))
+                missed = sum(target.missed_changes(model, codes))
+                calibrate = method == "auto"
                 estimates = [
-                    _estimate(model, m, move.effects, calibrate=method == "auto") for m in means
+                    _estimate(model, m, move.effects, missed, calibrate=calibrate) for m in means
                 ]
                 draws = _Draws(n_samples, interval, library_size)
                 _predict_cells(model, batches, move, means, estimates, group_of_cell, draws, result)
@@ -294,9 +296,14 @@ def _group_means(
 
 
 def _estimate(
-    model: DISCoVeR, means: GroupMeans, effects: GroupEffects | None, *, calibrate: bool
+    model: DISCoVeR,
+    means: GroupMeans,
+    effects: GroupEffects | None,
+    missed: np.ndarray | float,
+    *,
+    calibrate: bool,
 ) -> GroupEstimate:
-    estimate = combine(means, effects, calibrate=calibrate)
+    estimate = combine(means, effects, missed, calibrate=calibrate)
     if model.module.gene_likelihood == "normal":
         return estimate
     return replace(estimate, profile=closed(estimate.profile))

@@ -86,6 +86,19 @@ class Target:
         features = conditions.respond(rows, doses)
         return features[:1], features[1:]
 
+    def missed_changes(self, model: DISCoVeR, source_codes: np.ndarray) -> list[np.ndarray]:
+        """Return what the decoder misses of levels added after training, ``(n_genes,)`` each.
+
+        Of those that the source cells are under themselves, the anchor knows it already.
+        """
+        changes = []
+        for position, level in self.asked.items():
+            levels = self.keys[position]
+            own = levels.parts(levels.names[source_codes[position]])
+            new = set(levels.parts(level)) - set(own)
+            changes += [c for part, c in model.missed_changes_.items() if part in new]
+        return changes
+
     # --------------------------------------------------------------- reference cells
 
     def is_source(

@@ -7,7 +7,9 @@ from fitting import QUIET, train_small
 
 from discover_sc import DISCoVeR
 from discover_sc._conditions import Conditions, ConditionVectors
+from discover_sc._residual import _noise
 from discover_sc.data import simulate
+from discover_sc.evaluation import log_mean_profile
 
 # targets that no group was seen under
 pytestmark = pytest.mark.filterwarnings("ignore:The median support")
@@ -90,6 +92,47 @@ def test_what_is_learned_lowers_the_loss_of_the_new_cells(model, cells):
     known = min(loss(level) for level in model.conditions["condition"])
     model.add_condition(few)
     assert loss("treat_3") < known
+
+
+def test_what_the_decoder_misses_is_what_stands_out_of_the_noise(model, cells):
+    few = of(cells, "treat_3", 40)
+    model.add_condition(few)
+    missed = model.missed_changes_["treat_3"]
+    source = of(cells, "ctrl")
+    model.missed_changes_["treat_3"] = np.zeros_like(missed)
+    without = model.predict_counterfactual(source, to="treat_3", n_samples=2).X
+    model.missed_changes_["treat_3"] = missed
+    predicted = model.predict_counterfactual(source, to="treat_3", n_samples=2).X
+    moved = log_mean_profile(predicted) - log_mean_profile(without)
+    assert np.corrcoef(moved, missed)[0, 1] > 0.95
+    assert (missed == 0).any()
+    truth = log_mean_profile(of(cells, "treat_3").X)
+    errors = [np.abs(log_mean_profile(x) - truth).mean() for x in (predicted, without)]
+    assert errors[0] < errors[1]
+
+
+def test_noise_is_the_sampling_variance_of_a_log_profile(model):
+    rng = np.random.default_rng(0)
+    theta = np.exp(model.module.log_theta.detach().numpy()[0])
+    mean = np.linspace(5, 100, 60)
+    mean *= 2000 / mean.sum()
+
+    def draw():
+        return rng.poisson(mean * rng.gamma(theta, 1 / theta, (30, 60)))
+
+    profiles = np.array([np.log1p(draw().mean(axis=0) * 5) for _ in range(2000)])
+    estimated = _noise(model, np.tile(mean, (30, 1)), np.log1p(mean * 5))
+    np.testing.assert_allclose(estimated, profiles.var(axis=0), rtol=0.15)
+
+
+def test_cells_of_no_known_group_warn(cells):
+    known = cells[(cells.obs["condition"] != "treat_3").to_numpy()].copy()
+    model = train_small(known, {"labels_key": "cell_type"})
+    few = of(cells, "treat_3", 20)
+    few.obs["cell_type"] = "unheard of"
+    with pytest.warns(UserWarning, match=r"None of the cells of 'treat_3' belongs to a group"):
+        model.add_condition(few)
+    assert (model.missed_changes_["treat_3"] == 0).all()
 
 
 def test_several_conditions_can_be_added_and_combined(model, cells):
