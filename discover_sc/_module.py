@@ -23,13 +23,13 @@ from ._keys import (
     W_KEY,
     Z_KEY,
 )
+from ._likelihoods import reconstruction_losses
 from ._losses import (
     adversarial_loss,
     adversary_cross_entropy,
     adversary_entropy,
     kl_to_standard_normal,
     kl_to_unit_normal,
-    reconstruction_losses,
 )
 from ._networks import Adversary, Decoder, Encoder, LinearDecoder
 from ._priors import ClassMeanPrior, LearnedPrior
