@@ -61,8 +61,9 @@ def reconstruction_losses(
     logarithms included. Differentiable once.
     """
     if isinstance(likelihoods[0], Normal):
+        x = x.dense() if isinstance(x, NonZero) else x
         return [-px.log_prob(x).sum(-1) for px in likelihoods]
-    nonzero = x if isinstance(x, NonZero) else NonZero(x)
+    nonzero = NonZero.of(x)
     if isinstance(likelihoods[0], Poisson):
         return [_poisson_loss(px.rate, nonzero) for px in likelihoods]
     counts = _Counts(nonzero, theta.detach())

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
-from scvi.data import AnnDataManager
 from scvi.data._utils import _check_if_view  # the public way refuses views
 from scvi.data.fields import (
     CategoricalJointObsField,
@@ -20,6 +19,7 @@ from scvi.data.fields import (
 from scvi.model.base import BaseModelClass
 
 from ._keys import CONDITION_KEY
+from ._minibatches import CellManager
 from ._module import DiscoverVAE
 from ._readout import ReadoutMixin
 from ._training import TrainingMixin
@@ -260,7 +260,7 @@ class DISCoVeR(ReadoutMixin, TrainingMixin, BaseModelClass):
             CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical_covariate_keys),
             NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous_covariate_keys),
         ]
-        manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
+        manager = CellManager(fields=fields, setup_method_args=setup_method_args)
         extension = {} if source_registry is None else {"extend_categories": True}
         manager.register_fields(adata, source_registry=source_registry, **extension)
         cls.register_manager(manager)

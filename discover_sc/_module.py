@@ -11,6 +11,7 @@ from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNe
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import nn
 
+from ._counts import NonZero
 from ._keys import (
     CONDITION_KEY,
     LIBRARY_KEY,
@@ -146,7 +147,9 @@ class DiscoverVAE(BaseModuleClass):
 
     # ------------------------------------------------------------------ inference
 
-    def _get_inference_input(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    def _get_inference_input(
+        self, tensors: dict[str, Tensor | NonZero]
+    ) -> dict[str, Tensor | NonZero | None]:
         return {
             "x": tensors[REGISTRY_KEYS.X_KEY],
             "condition_index": tensors[CONDITION_KEY].long(),  # arrives as float32
@@ -155,14 +158,14 @@ class DiscoverVAE(BaseModuleClass):
 
     @auto_move_data
     def inference(
-        self, x: Tensor, condition_index: Tensor, size_factor: Tensor | None = None
+        self, x: Tensor | NonZero, condition_index: Tensor, size_factor: Tensor | None = None
     ) -> dict[str, Tensor | torch.distributions.Normal]:
         """Return the posteriors of z and w, one draw of each, and the log library size.
 
         Parameters
         ----------
         x
-            Expression of shape ``(n_cells, n_genes)``.
+            Expression of shape ``(n_cells, n_genes)``, or its non-zero entries.
         condition_index
             Codes, ``int64`` of shape ``(n_cells, n_condition_keys)``.
         size_factor
@@ -171,7 +174,7 @@ class DiscoverVAE(BaseModuleClass):
         encoded = self._transform(x)
         qz = self.z_encoder(encoded, condition_index)
         qw = self.w_encoder(encoded, condition_index)
-        total = x.sum(-1, keepdim=True) if size_factor is None else size_factor
+        total = _total(x) if size_factor is None else size_factor
         return {
             QZ_KEY: qz,
             QW_KEY: qw,
@@ -180,7 +183,10 @@ class DiscoverVAE(BaseModuleClass):
             LIBRARY_KEY: torch.log(total * self.library_scale),
         }
 
-    def _transform(self, x: Tensor) -> Tensor:
+    def _transform(self, x: Tensor | NonZero) -> Tensor:
+        """Return the expression as the encoders read it, ``(n_cells, n_genes)``."""
+        if isinstance(x, NonZero):
+            return x.dense(x.values if self.gene_likelihood == "normal" else torch.log1p(x.values))
         return x if self.gene_likelihood == "normal" else torch.log1p(x)
 
     @auto_move_data
@@ -414,3 +420,10 @@ class DiscoverVAE(BaseModuleClass):
             "adversary_chance_accuracy": float(torch.stack(accuracy).mean()),
             "adversary_chance_cross_entropy": float(torch.stack(entropy).mean()),
         }
+
+
+def _total(x: Tensor | NonZero) -> Tensor:
+    """Return the total expression of each cell, ``(n_cells, 1)``."""
+    if isinstance(x, NonZero):
+        return x.sum_per_cell(x.values).unsqueeze(1)
+    return x.sum(-1, keepdim=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from scvi import REGISTRY_KEYS
 from scvi.train import TrainingPlan
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -180,10 +181,17 @@ class DiscoverTrainingPlan(TrainingPlan):
     def _step_adversary(
         self, optimizer: torch.optim.Optimizer, representations: dict, batch: dict
     ) -> None:
-        detached = {name: tensor.detach() for name, tensor in representations.items()}
-        for _ in range(self.n_adversary_steps):
+        """Take each step on cells of its own: as many steps as asked for, at the price of one."""
+        told = {key: batch[key] for key in (CONDITION_KEY, REGISTRY_KEYS.LABELS_KEY)}
+        n_cells = len(batch[CONDITION_KEY])
+        for cells in torch.arange(n_cells).chunk(self.n_adversary_steps):
+            part = slice(int(cells[0]), int(cells[-1]) + 1)
             optimizer.zero_grad()
-            self.manual_backward(self.module.adversary_loss(detached, batch))
+            loss = self.module.adversary_loss(
+                {name: tensor.detach()[part] for name, tensor in representations.items()},
+                {key: tensor[part] for key, tensor in told.items()},
+            )
+            self.manual_backward(loss)
             optimizer.step()
 
     def _game(self, representations: dict, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
