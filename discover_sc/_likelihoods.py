@@ -109,7 +109,7 @@ class _Counts:
         position = self.x.clamp(max=_N_TABULATED - 1).long() * len(theta[0]) + nonzero.gene
         self.constant = values.view(-1).index_select(0, position)
         self.constant_slope = slopes.view(-1).index_select(0, position)
-        other = ((self.x >= _N_TABULATED) | (self.x % 1 != 0)).nonzero().squeeze(1)
+        other = ((self.x >= _N_TABULATED) | (self.x != self.x.floor())).nonzero().squeeze(1)
         values, slopes = _count_terms(self.x[other], self.theta[other])
         self.constant.index_copy_(0, other, values)
         self.constant_slope.index_copy_(0, other, slopes)

@@ -14,6 +14,7 @@ from scvi.train import TrainingPlan
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ._keys import CONDITION_KEY
+from ._optimizer import AdamW
 from .evaluation import condition_probes
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ class DiscoverTrainingPlan(TrainingPlan):
         options = {"eps": self.eps, "weight_decay": self.weight_decay, "fused": fused}
         decayed = [p for p in self._model_parameters() if p is not self.module.log_theta]
         groups = [{"params": decayed}, {"params": [self.module.log_theta], "weight_decay": 0.0}]
-        model = torch.optim.AdamW(groups, lr=self.lr, **options)
-        adversary = torch.optim.AdamW(self._adversary_parameters(), lr=self.adversary_lr, **options)
+        model = AdamW(groups, lr=self.lr, **options)
+        adversary = AdamW(self._adversary_parameters(), lr=self.adversary_lr, **options)
         schedulers = []
         if self.reduce_lr_on_plateau:
             schedule = ReduceLROnPlateau(
