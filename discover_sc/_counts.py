@@ -1,13 +1,19 @@
-"""A minibatch of expression as its non-zero entries."""
+"""A minibatch of expression as its non-zero entries, and what is computed on these alone."""
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from scipy.sparse import csr_matrix
     from torch import Tensor
 
@@ -25,7 +31,11 @@ class NonZero:
 
     def __init__(self, values: Tensor, cell: Tensor, gene: Tensor, shape: tuple[int, int]) -> None:
         self.values, self.cell, self.gene, self.shape = values, cell, gene, tuple(shape)
-        self.flat = cell * shape[1] + gene
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """Position of each entry in the flattened matrix, ``(n_entries,)``."""
+        return self.cell * self.shape[1] + self.gene
 
     @classmethod
     def of(cls, x: Tensor | NonZero) -> NonZero:
@@ -36,28 +46,8 @@ class NonZero:
         cell = torch.div(flat, x.shape[1], rounding_mode="floor")
         return cls(x.reshape(-1).index_select(0, flat), cell, flat - cell * x.shape[1], x.shape)
 
-    @classmethod
-    def of_csr(cls, matrix: csr_matrix) -> NonZero:
-        """Return the entries of a sparse matrix without duplicates, in single precision."""
-        cell = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-        arrays = (matrix.data.astype(np.float32), cell, matrix.indices.astype(np.int64))
-        return cls(*map(torch.from_numpy, arrays), matrix.shape)
-
     def __len__(self) -> int:
         return self.shape[0]
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> NonZero:
-        """Return the same entries on a device."""
-        if self.values.device == device:
-            return self
-        tensors = (self.values, self.cell, self.gene)
-        moved = (t.to(device, non_blocking=non_blocking) for t in tensors)
-        return NonZero(*moved, self.shape)
-
-    def pin_memory(self) -> NonZero:
-        """Return the same entries in page-locked memory."""
-        tensors = (self.values, self.cell, self.gene)
-        return NonZero(*(t.pin_memory() for t in tensors), self.shape)
 
     def dense(self, values: Tensor | None = None) -> Tensor:
         """Return the entries, or other values in their places, as ``(n_cells, n_genes)``."""
@@ -72,6 +62,8 @@ class NonZero:
 
     def put(self, dense: Tensor, values: Tensor | float) -> Tensor:
         """Overwrite these entries of a contiguous ``(n_cells, n_genes)`` tensor; return it."""
+        if isinstance(values, float):
+            values = dense.new_full((len(self.flat),), values)  # faster than a scalar
         dense.view(-1).scatter_(0, self.flat, values)
         return dense
 
@@ -82,3 +74,110 @@ class NonZero:
     def sum_per_gene(self, values: Tensor) -> Tensor:
         """Return the sum of one value per entry over each gene, ``(n_genes,)``."""
         return values.new_zeros(self.shape[1]).scatter_add_(0, self.gene, values)
+
+
+class SparseCells(NonZero):
+    """A minibatch of sparse data: its entries in the order of the cells and in that of the genes.
+
+    Parameters
+    ----------
+    by_cell
+        Values, genes, and where each cell begins: as CSR.
+    by_gene
+        Values, cells, and where each gene begins: as CSC.
+    shape
+        ``(n_cells, n_genes)``.
+    """
+
+    def __init__(
+        self,
+        by_cell: tuple[Tensor, Tensor, Tensor],
+        by_gene: tuple[Tensor, Tensor, Tensor],
+        shape: tuple[int, int],
+    ) -> None:
+        self.by_cell, self.by_gene, self.shape = by_cell, by_gene, tuple(shape)
+        self.values, self.gene, _ = by_cell
+
+    @cached_property
+    def cell(self) -> Tensor:
+        """Row of each entry, ``(n_entries,)``."""
+        cells = torch.arange(len(self), device=self.values.device)
+        per_cell = self.by_cell[2].diff()
+        return torch.repeat_interleave(cells, per_cell, output_size=len(self.values))
+
+    @classmethod
+    def of_csr(cls, matrix: csr_matrix) -> SparseCells:
+        """Return the entries of a sparse matrix without duplicates, in single precision."""
+        orders = (
+            tuple(
+                torch.from_numpy(array.astype(dtype, copy=False))
+                for array, dtype in (
+                    (m.data, np.float32),
+                    (m.indices, np.int64),
+                    (m.indptr, np.int64),
+                )
+            )
+            for m in (matrix, matrix.tocsc())
+        )
+        return cls(*orders, matrix.shape)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> SparseCells:
+        by_cell, by_gene = (tuple(map(function, o)) for o in (self.by_cell, self.by_gene))
+        return SparseCells(by_cell, by_gene, self.shape)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> SparseCells:
+        """Return the same cells on a device."""
+        if self.values.device == torch.device(device):
+            return self
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SparseCells:
+        """Return the same cells in page-locked memory."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def log1p(self) -> SparseCells:
+        """Return log(1 + x), which is zero where x is."""
+        by_cell, by_gene = (
+            (torch.log1p(values), index, start)
+            for values, index, start in (self.by_cell, self.by_gene)
+        )
+        return SparseCells(by_cell, by_gene, self.shape)
+
+    def linear(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return ``x @ weight.T + bias``, of shape ``(n_cells, n_output)``.
+
+        Parameters
+        ----------
+        weight
+            Shape ``(n_output, n_genes)``; fastest if its transpose is contiguous.
+        bias
+            Shape ``(n_output,)``.
+        """
+        return _SparseProduct.apply(weight, self) + bias
+
+
+def _weighted_sums(rows: Tensor, order: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return for each group of entries the sum of the rows they point at, times their values."""
+    values, index, start = order
+    return F.embedding_bag(
+        index,
+        rows.contiguous(),
+        start,
+        mode="sum",
+        per_sample_weights=values.to(rows.dtype),
+        include_last_offset=True,
+    )
+
+
+class _SparseProduct(Function):
+    """``x @ weight.T`` at the price of the non-zero entries, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, weight: Tensor, x: SparseCells) -> Tensor:
+        ctx.by_gene = x.by_gene
+        return _weighted_sums(weight.t(), x.by_cell)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return _weighted_sums(grad, ctx.by_gene).t(), None

@@ -10,7 +10,7 @@ from scipy.sparse import csr_array, csr_matrix
 from scvi.data import AnnDataManager, AnnTorchDataset
 from torch.utils.data import Subset
 
-from ._counts import NonZero
+from ._counts import SparseCells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,8 @@ class CellDataset(AnnTorchDataset):
     adata_manager, getitem_tensors
         As for :class:`scvi.data.AnnTorchDataset`.
     load_sparse_tensor
-        Hand over CSR expression as its non-zero entries, :class:`~discover_sc._counts.NonZero`.
+        Hand over CSR expression as its non-zero entries,
+        :class:`~discover_sc._counts.SparseCells`.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class CellDataset(AnnTorchDataset):
             if isinstance(self.data[key], np.ndarray | pd.DataFrame)
         }
 
-    def __getitem__(self, indexes: int | list[int] | slice) -> dict[str, np.ndarray | NonZero]:
+    def __getitem__(self, indexes: int | list[int] | slice) -> dict[str, np.ndarray | SparseCells]:
         """Return the fields of some cells, each of shape ``(n_cells, ...)``."""
         if not self._direct:
             return super().__getitem__(indexes)
@@ -64,10 +65,10 @@ class CellDataset(AnnTorchDataset):
                 fields[key] = self._expression(self.data[key][indexes])
         return fields
 
-    def _expression(self, rows: csr_matrix) -> np.ndarray | NonZero:
+    def _expression(self, rows: csr_matrix) -> np.ndarray | SparseCells:
         rows.sum_duplicates()
         if self._as_entries:
-            return NonZero.of_csr(rows)
+            return SparseCells.of_csr(rows)
         return rows.astype(np.float32, copy=False).toarray()
 
 

@@ -11,7 +11,7 @@ from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNe
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import nn
 
-from ._counts import NonZero
+from ._counts import SparseCells
 from ._keys import (
     CONDITION_KEY,
     LIBRARY_KEY,
@@ -148,8 +148,8 @@ class DiscoverVAE(BaseModuleClass):
     # ------------------------------------------------------------------ inference
 
     def _get_inference_input(
-        self, tensors: dict[str, Tensor | NonZero]
-    ) -> dict[str, Tensor | NonZero | None]:
+        self, tensors: dict[str, Tensor | SparseCells]
+    ) -> dict[str, Tensor | SparseCells | None]:
         return {
             "x": tensors[REGISTRY_KEYS.X_KEY],
             "condition_index": tensors[CONDITION_KEY].long(),  # arrives as float32
@@ -158,7 +158,7 @@ class DiscoverVAE(BaseModuleClass):
 
     @auto_move_data
     def inference(
-        self, x: Tensor | NonZero, condition_index: Tensor, size_factor: Tensor | None = None
+        self, x: Tensor | SparseCells, condition_index: Tensor, size_factor: Tensor | None = None
     ) -> dict[str, Tensor | torch.distributions.Normal]:
         """Return the posteriors of z and w, one draw of each, and the log library size.
 
@@ -183,11 +183,9 @@ class DiscoverVAE(BaseModuleClass):
             LIBRARY_KEY: torch.log(total * self.library_scale),
         }
 
-    def _transform(self, x: Tensor | NonZero) -> Tensor:
+    def _transform(self, x: Tensor | SparseCells) -> Tensor | SparseCells:
         """Return the expression as the encoders read it, ``(n_cells, n_genes)``."""
-        if isinstance(x, NonZero):
-            return x.dense(x.values if self.gene_likelihood == "normal" else torch.log1p(x.values))
-        return x if self.gene_likelihood == "normal" else torch.log1p(x)
+        return x if self.gene_likelihood == "normal" else x.log1p()
 
     @auto_move_data
     def posterior(
@@ -422,8 +420,8 @@ class DiscoverVAE(BaseModuleClass):
         }
 
 
-def _total(x: Tensor | NonZero) -> Tensor:
+def _total(x: Tensor | SparseCells) -> Tensor:
     """Return the total expression of each cell, ``(n_cells, 1)``."""
-    if isinstance(x, NonZero):
+    if isinstance(x, SparseCells):
         return x.sum_per_cell(x.values).unsqueeze(1)
     return x.sum(-1, keepdim=True)

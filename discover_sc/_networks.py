@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
+from ._counts import SparseCells
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -73,6 +75,8 @@ class HiddenLayers(nn.Module):
     ) -> None:
         super().__init__()
         self.first = nn.Linear(n_input, n_hidden)
+        # same weights, the transpose contiguous: what products with sparse cells read
+        self.first.weight = nn.Parameter(self.first.weight.detach().t().contiguous().t())
         self.covariates = Covariates(n_cats_per_key, n_continuous, n_hidden)
         self.activation = _activation(n_hidden, dropout_rate)
         self.rest = nn.Sequential(
@@ -82,9 +86,15 @@ class HiddenLayers(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, categories: Tensor, continuous: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | SparseCells, categories: Tensor, continuous: Tensor | None = None
+    ) -> Tensor:
         """Return the last hidden layer, ``(n_cells, n_hidden)``."""
-        return self.rest(self.activation(self.first(x) + self.covariates(categories, continuous)))
+        if isinstance(x, SparseCells):
+            first = x.linear(self.first.weight, self.first.bias)
+        else:
+            first = self.first(x)
+        return self.rest(self.activation(first + self.covariates(categories, continuous)))
 
 
 def _activation(n_hidden: int, dropout_rate: float) -> nn.Sequential:
@@ -110,7 +120,7 @@ class Encoder(nn.Module):
         self.loc = nn.Linear(n_hidden, n_output)
         self.log_var = nn.Linear(n_hidden, n_output)
 
-    def forward(self, x: Tensor, categories: Tensor) -> Normal:
+    def forward(self, x: Tensor | SparseCells, categories: Tensor) -> Normal:
         """Return the posterior over ``(n_cells, n_output)``."""
         hidden = self.hidden(x, categories)
         scale = torch.exp(0.5 * self.log_var(hidden)) + _MIN_SCALE

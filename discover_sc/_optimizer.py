@@ -46,11 +46,16 @@ class AdamW(torch.optim.AdamW):
         steps = [state["step"] for state in states]
         for step in {id(step): step for step in steps}.values():
             step += 1
+        tensors = (
+            _contiguous(p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+            for p, state in zip(params, states, strict=True)
+        )
+        params, grads, means, squares = map(list, zip(*tensors, strict=True))
         torch._fused_adamw_(
             params,
-            [p.grad for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            grads,
+            means,
+            squares,
             [],
             steps,
             lr=group["lr"],
@@ -61,3 +66,9 @@ class AdamW(torch.optim.AdamW):
             amsgrad=False,
             maximize=False,
         )
+
+
+def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the same memory as contiguous matrices: the fused update copies others."""
+    transposed = tuple(t.mT for t in tensors) if tensors[0].ndim == 2 else tensors
+    return transposed if all(t.is_contiguous() for t in transposed) else tensors

@@ -8,6 +8,7 @@ def train(optimizer_class, fused, reload=False):
     """Step a small network on fixed data; return its parameters."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+    network[0].weight = torch.nn.Parameter(network[0].weight.detach().t().contiguous().t())
     groups = [{"params": network[0].parameters()}, {"params": network[2].parameters(), "lr": 0.1}]
     options = {"lr": 0.01, "weight_decay": 0.1, "fused": fused}
     optimizer = optimizer_class(groups, **options)
