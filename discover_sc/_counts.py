@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_matrix
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csc_matrix
     from torch import Tensor
 
 
@@ -83,20 +84,22 @@ class SparseCells(NonZero):
     ----------
     by_cell
         Values, genes, and where each cell begins: as CSR.
-    by_gene
-        Values, cells, and where each gene begins: as CSC.
     shape
         ``(n_cells, n_genes)``.
+    by_gene
+        Values, cells, and where each gene begins: as CSC; None: sorted when first needed.
     """
 
     def __init__(
         self,
         by_cell: tuple[Tensor, Tensor, Tensor],
-        by_gene: tuple[Tensor, Tensor, Tensor],
         shape: tuple[int, int],
+        by_gene: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        self.by_cell, self.by_gene, self.shape = by_cell, by_gene, tuple(shape)
+        self.by_cell, self.shape = by_cell, tuple(shape)
         self.values, self.gene, _ = by_cell
+        if by_gene is not None:
+            self.by_gene = by_gene
 
     @cached_property
     def cell(self) -> Tensor:
@@ -105,28 +108,23 @@ class SparseCells(NonZero):
         per_cell = self.by_cell[2].diff()
         return torch.repeat_interleave(cells, per_cell, output_size=len(self.values))
 
+    @cached_property
+    def by_gene(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, cells, and where each gene begins; what gradients of products read."""
+        values, gene, start = (tensor.numpy() for tensor in self.by_cell)
+        return _as_tensors(csr_matrix((values, gene, start), self.shape).tocsc())
+
     @classmethod
     def of_csr(cls, matrix: csr_matrix) -> SparseCells:
         """Return the entries of a sparse matrix without duplicates, in single precision."""
-        orders = (
-            tuple(
-                torch.from_numpy(array.astype(dtype, copy=False))
-                for array, dtype in (
-                    (m.data, np.float32),
-                    (m.indices, np.int64),
-                    (m.indptr, np.int64),
-                )
-            )
-            for m in (matrix, matrix.tocsc())
-        )
-        return cls(*orders, matrix.shape)
+        return cls(_as_tensors(matrix), matrix.shape)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> SparseCells:
         by_cell, by_gene = (tuple(map(function, o)) for o in (self.by_cell, self.by_gene))
-        return SparseCells(by_cell, by_gene, self.shape)
+        return SparseCells(by_cell, self.shape, by_gene)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> SparseCells:
-        """Return the same cells on a device."""
+        """Return the same cells on a device, sorted in both orders before they leave the CPU."""
         if self.values.device == torch.device(device):
             return self
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -137,11 +135,11 @@ class SparseCells(NonZero):
 
     def log1p(self) -> SparseCells:
         """Return log(1 + x), which is zero where x is."""
-        by_cell, by_gene = (
-            (torch.log1p(values), index, start)
-            for values, index, start in (self.by_cell, self.by_gene)
-        )
-        return SparseCells(by_cell, by_gene, self.shape)
+        values, gene, start = self.by_cell
+        by_gene = None
+        if self.values.device.type != "cpu":
+            by_gene = (torch.log1p(self.by_gene[0]), *self.by_gene[1:])
+        return SparseCells((torch.log1p(values), gene, start), self.shape, by_gene)
 
     def linear(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias``, of shape ``(n_cells, n_output)``.
@@ -154,6 +152,11 @@ class SparseCells(NonZero):
             Shape ``(n_output,)``.
         """
         return _SparseProduct.apply(weight, self) + bias
+
+
+def _as_tensors(matrix: csr_matrix | csc_matrix) -> tuple[Tensor, Tensor, Tensor]:
+    parts = ((matrix.data, np.float32), (matrix.indices, np.int64), (matrix.indptr, np.int64))
+    return tuple(torch.from_numpy(array.astype(dtype, copy=False)) for array, dtype in parts)
 
 
 def _weighted_sums(rows: Tensor, order: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -174,7 +177,8 @@ class _SparseProduct(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, weight: Tensor, x: SparseCells) -> Tensor:
-        ctx.by_gene = x.by_gene
+        if ctx.needs_input_grad[0]:
+            ctx.by_gene = x.by_gene
         return _weighted_sums(weight.t(), x.by_cell)
 
     @staticmethod

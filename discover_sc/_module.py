@@ -101,6 +101,7 @@ class DiscoverVAE(BaseModuleClass):
         super().__init__()
         self.n_input = n_input
         self.n_latent = n_latent
+        self.n_latents = {"z": n_latent, "w": n_latent_specific}
         self.gene_likelihood = gene_likelihood
         self.dispersion = dispersion
         self.invariance = invariance

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scvi.model.base import UnsupervisedTrainingMixin
 
+from ._encoding import posteriors
 from ._training_plan import DiscoverTrainingPlan, InvarianceStopping
 
 _MIN_STEPS = 2000
@@ -143,9 +144,15 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             groups = np.column_stack([groups, labels])
         kept = _at_most(_MAX_GROUP_CELLS, groups)
         cells, labels = cells[kept], None if labels is None else labels[kept]
+        means = {
+            latent: np.empty((len(cells), n), dtype=np.float32)
+            for latent, n in self.module.n_latents.items()
+        }
+        for rows, found in posteriors(self, self.adata, cells, tuple(means)):
+            for latent, posterior in zip(means, found, strict=True):
+                means[latent][rows] = posterior.loc.cpu().numpy()
         return {
-            "z": self.get_latent_representation(latent="z", indices=cells),
-            "w": self.get_latent_representation(latent="w", indices=cells),
+            **means,
             "condition_codes": self._condition_codes()[cells],
             "labels": labels,
         }
