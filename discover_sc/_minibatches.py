@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_array, csr_matrix
+from scipy.sparse import csc_array, csc_matrix, csr_array, csr_matrix
 from scvi.data import AnnDataManager, AnnTorchDataset
 from torch.utils.data import Subset
 
@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 class CellDataset(AnnTorchDataset):
     """Cells of an AnnData, in the minibatches of scvi-tools' loader: same cells, same values.
 
-    What lies in memory as CSR or dense array is gathered directly. All else (backed files, CSC)
-    goes scvi-tools' own way and arrives dense.
+    What lies in memory is gathered directly; backed files go scvi-tools' own way, arriving dense.
 
     Parameters
     ----------
     adata_manager, getitem_tensors
         As for :class:`scvi.data.AnnTorchDataset`.
     load_sparse_tensor
-        Hand over CSR expression as its non-zero entries,
+        Hand over sparse expression as its non-zero entries,
         :class:`~discover_sc._counts.SparseCells`.
     """
 
@@ -39,7 +38,7 @@ class CellDataset(AnnTorchDataset):
     ) -> None:
         super().__init__(adata_manager, getitem_tensors=getitem_tensors)
         self._as_entries = load_sparse_tensor
-        in_memory = (np.ndarray, pd.DataFrame, csr_matrix, csr_array)
+        in_memory = (np.ndarray, pd.DataFrame, csr_matrix, csr_array, csc_matrix, csc_array)
         fields = [] if adata_manager.adata.isbacked else self.data.values()
         self._direct = bool(fields) and all(isinstance(f, in_memory) for f in fields)
         self._columns = self._as_arrays() if self._direct else {}
@@ -65,7 +64,8 @@ class CellDataset(AnnTorchDataset):
                 fields[key] = self._expression(self.data[key][indexes])
         return fields
 
-    def _expression(self, rows: csr_matrix) -> np.ndarray | SparseCells:
+    def _expression(self, rows: csr_matrix | csc_matrix) -> np.ndarray | SparseCells:
+        rows = rows.tocsr()
         rows.sum_duplicates()
         if self._as_entries:
             return SparseCells.of_csr(rows)

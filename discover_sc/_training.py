@@ -53,8 +53,8 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         shuffle_set_split
             Draw the split at random.
         load_sparse_tensor
-            Hand over minibatches of CSR data as their non-zero entries; otherwise as dense
-            tensors, slower, with the same result.
+            Hand over minibatches of sparse data as their non-zero entries; otherwise as dense
+            tensors, slower, with the same result up to rounding.
         batch_size
             Cells in a minibatch.
         early_stopping
