@@ -340,8 +340,7 @@ class _RunningAverage:
         """Move towards the present state; early steps count less, or the start would linger."""
         self._n_steps += 1
         decay = min(self._decay, self._n_steps / (self._n_steps + 10))
-        for average, present in zip(self._average, self._present, strict=True):
-            average.lerp_(present, 1 - decay)
+        torch._foreach_lerp_(self._average, self._present, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
