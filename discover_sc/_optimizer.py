@@ -30,26 +30,28 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group)
+            self._update(group)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict) -> None:
-        new = [p for p in params if not self.state[p]]
-        if new:
-            step = torch.zeros((), dtype=torch.float32, device=new[0].device)
-            for p in new:
-                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p].update(step=step, **moments)
-        states = [self.state[p] for p in params]
-        steps = [state["step"] for state in states]
+    def _update(self, group: dict) -> None:
+        tensors, steps = [], []
+        counter = None
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                if counter is None:
+                    counter = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["step"] = counter
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            own = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+            tensors.append(own if p.is_contiguous() else _transposed(own))
+            steps.append(state["step"])
+        if not tensors:
+            return
         for step in {id(step): step for step in steps}.values():
             step += 1
-        tensors = (
-            _contiguous(p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-            for p, state in zip(params, states, strict=True)
-        )
         params, grads, means, squares = map(list, zip(*tensors, strict=True))
         torch._fused_adamw_(
             params,
@@ -68,7 +70,7 @@ class AdamW(torch.optim.AdamW):
         )
 
 
-def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _transposed(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return the same memory as contiguous matrices: the fused update copies others."""
     transposed = tuple(t.mT for t in tensors) if tensors[0].ndim == 2 else tensors
     return transposed if all(t.is_contiguous() for t in transposed) else tensors

@@ -40,7 +40,7 @@ class DiscoverTrainingPlan(TrainingPlan):
     eps
         Term added to AdamW's denominator.
     n_adversary_steps
-        Steps of the adversary per step of the model.
+        Steps of the adversary per step of the model, each on its own part of the minibatch.
     averaging_decay
         Decay per step, in [0, 1), of the exponential average of all parameters that validation
         judges and that training ends with; 0: the last parameters.
@@ -182,11 +182,12 @@ class DiscoverTrainingPlan(TrainingPlan):
     def _step_adversary(
         self, optimizer: torch.optim.Optimizer, representations: dict, batch: dict
     ) -> None:
-        """Take each step on cells of its own: as many steps as asked for, at the price of one."""
+        """Take each step on cells of its own: several steps at the price of one on all cells."""
         told = {key: batch[key] for key in (CONDITION_KEY, REGISTRY_KEYS.LABELS_KEY)}
         n_cells = len(batch[CONDITION_KEY])
-        for cells in torch.arange(n_cells).chunk(self.n_adversary_steps):
-            part = slice(int(cells[0]), int(cells[-1]) + 1)
+        size = -(-n_cells // self.n_adversary_steps)
+        for start in range(0, n_cells, size):
+            part = slice(start, start + size)
             optimizer.zero_grad()
             loss = self.module.adversary_loss(
                 {name: tensor.detach()[part] for name, tensor in representations.items()},
