@@ -367,11 +367,12 @@ class DiscoverVAE(BaseModuleClass):
         """Return the cross-entropy that the adversary minimises, summed over its classifiers."""
         condition_index = tensors[CONDITION_KEY].long()
         per_key = self.adversary(representations, self._labels(tensors))
-        return sum(
-            adversary_cross_entropy(logits, condition_index[:, key]).mean()
-            for key, classifiers in enumerate(per_key)
-            for logits in classifiers
-        )
+        loss = 0.0
+        for key, classifiers in enumerate(per_key):
+            n = len(classifiers)
+            truth = condition_index[:, key].repeat(n)
+            loss = loss + n * adversary_cross_entropy(torch.cat(classifiers), truth).mean()
+        return loss
 
     def game(
         self, representations: dict, tensors: dict[str, Tensor]
@@ -389,13 +390,15 @@ class DiscoverVAE(BaseModuleClass):
         for key, (classifiers, target) in enumerate(
             zip(per_key, self._targets(tensors), strict=True)
         ):
-            truth = condition_index[:, key]
-            for logits in classifiers:
-                losses.append(adversarial_loss(logits, target).mean())
-                with torch.no_grad():
-                    cross_entropy.append(adversary_cross_entropy(logits, truth).mean())
-                    accuracy.append((logits.argmax(-1) == truth).float().mean())
-                    entropy.append(adversary_entropy(logits).mean())
+            n, logits = len(classifiers), torch.cat(classifiers)
+            truth = condition_index[:, key].repeat(n)
+            if len(target) > 1:  # one target per cell
+                target = target.repeat(n, 1)
+            losses.append(n * adversarial_loss(logits, target).mean())
+            with torch.no_grad():
+                cross_entropy.append(adversary_cross_entropy(logits, truth).mean())
+                accuracy.append((logits.argmax(-1) == truth).float().mean())
+                entropy.append(adversary_entropy(logits).mean())
         metrics = {
             "adversary_cross_entropy": torch.stack(cross_entropy).mean(),
             "adversary_accuracy": torch.stack(accuracy).mean(),
