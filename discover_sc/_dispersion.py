@@ -9,7 +9,7 @@ import torch
 from scvi import REGISTRY_KEYS
 
 from ._keys import LIBRARY_KEY, W_KEY, Z_KEY
-from ._losses import reconstruction_losses
+from ._likelihoods import reconstruction_losses
 
 if TYPE_CHECKING:
     from torch import Tensor

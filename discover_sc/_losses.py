@@ -1,4 +1,4 @@
-"""Reconstruction, KL and adversarial terms: pure functions, one value per cell, in nats."""
+"""KL and adversarial terms: pure functions, one value per cell, in nats."""
 
 from __future__ import annotations
 
@@ -6,123 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
-
-_EPS = 1e-8  # keeps log(0) away, as in scvi-tools' own distributions
-
-
-def reconstruction_losses(
-    x: Tensor, likelihoods: Sequence[torch.distributions.Distribution], theta: Tensor
-) -> list[Tensor]:
-    r"""Negative log-likelihood of each cell under each of several likelihoods, in nats.
-
-    For counts, :math:`\log\Gamma(x + \theta) - \log\Gamma(\theta) - \log\Gamma(x + 1)` vanishes
-    where :math:`x = 0` and is the same for all likelihoods that share :math:`\theta`: it is
-    evaluated once, on the non-zero counts.
-
-    Parameters
-    ----------
-    x
-        Expression of shape ``(n_cells, n_genes)``: counts, or any real number for ``Normal``.
-    likelihoods
-        Likelihoods of one class of :mod:`scvi.distributions`, each over ``(n_cells, n_genes)``.
-    theta
-        Inverse dispersion that negative binomials share, positive, of shape ``(1, n_genes)`` or
-        ``(n_cells, n_genes)``; not read for the others.
-
-    Returns
-    -------
-    One tensor of shape ``(n_cells,)`` per likelihood, summed over genes.
-    """
-    if isinstance(likelihoods[0], Normal):
-        return [-px.log_prob(x).sum(-1) for px in likelihoods]
-    nonzero = _NonZero(x)
-    if isinstance(likelihoods[0], Poisson):
-        constant = torch.lgamma(nonzero.x + 1)
-        return [_poisson_loss(px.rate, nonzero, constant) for px in likelihoods]
-    theta_nonzero = nonzero.pick(theta)
-    constant = (
-        torch.lgamma(theta_nonzero)
-        - torch.lgamma(nonzero.x + theta_nonzero)
-        + torch.lgamma(nonzero.x + 1)
-    )
-    loss = (
-        _zinb_loss
-        if isinstance(likelihoods[0], ZeroInflatedNegativeBinomial)
-        else _negative_binomial_loss
-    )
-    return [loss(px, nonzero, theta, constant) for px in likelihoods]
-
-
-class _NonZero:
-    """The non-zero entries of a minibatch, and sums over them."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._n_cells, self._n_genes = x.shape
-        self._cell, self._gene = x.nonzero(as_tuple=True)
-        self._flat = self._cell * self._n_genes + self._gene
-        self.x = self.pick(x)
-
-    def pick(self, values: Tensor) -> Tensor:
-        """Return the entries of ``(n_cells or 1, n_genes)`` values where x is not zero."""
-        if values.shape[0] == 1:
-            return values[0][self._gene]
-        return values.reshape(-1)[self._flat]
-
-    def sum_per_cell(self, values: Tensor) -> Tensor:
-        """Return the sum of one value per non-zero entry over each cell."""
-        return values.new_zeros(self._n_cells).index_add(0, self._cell, values)
-
-
-# In the losses below the large terms of an entry are combined before the sum over genes: at deep
-# libraries two sums of millions of nats would leave no digits for their difference.
-
-
-def _poisson_loss(rate: Tensor, nonzero: _NonZero, constant: Tensor) -> Tensor:
-    log_rate = torch.log(nonzero.pick(rate) + _EPS)
-    return rate.sum(-1) + nonzero.sum_per_cell(constant - nonzero.x * log_rate)
-
-
-def _negative_binomial_loss(
-    px: NegativeBinomial,
-    nonzero: _NonZero,
-    theta: Tensor,
-    constant: Tensor,
-) -> Tensor:
-    """Negative log-likelihood; ``constant`` holds the terms in lgamma of the non-zero counts."""
-    log_sum = torch.log(theta + px.mu + _EPS)
-    zero = (theta * (log_sum - torch.log(theta + _EPS))).sum(-1)
-    log_mu = torch.log(nonzero.pick(px.mu) + _EPS)
-    return zero + nonzero.sum_per_cell(constant + nonzero.x * (nonzero.pick(log_sum) - log_mu))
-
-
-def _zinb_loss(
-    px: ZeroInflatedNegativeBinomial,
-    nonzero: _NonZero,
-    theta: Tensor,
-    constant: Tensor,
-) -> Tensor:
-    """Negative log-likelihood; ``constant`` holds the terms in lgamma of the non-zero counts.
-
-    A zero comes from either source, log(pi + (1 - pi) NB(0)); a count only from the NB.
-    """
-    log_zero = theta * (torch.log(theta + _EPS) - torch.log(theta + px.mu + _EPS))  # log NB(0)
-    logits = px.zi_logits
-    zero = F.softplus(-logits) - F.softplus(log_zero - logits)
-    log_mu = torch.log(nonzero.pick(px.mu) + _EPS)
-    log_sum = torch.log(nonzero.pick(theta) + nonzero.pick(px.mu) + _EPS)
-    count = (
-        constant
-        + F.softplus(nonzero.pick(logits))  # -log(1 - pi)
-        - nonzero.pick(log_zero)
-        + nonzero.x * (log_sum - log_mu)
-    )
-    return zero.sum(-1) + nonzero.sum_per_cell(count - nonzero.pick(zero))
 
 
 def kl_to_standard_normal(q: torch.distributions.Normal) -> Tensor:

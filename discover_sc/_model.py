@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
-from scvi.data import AnnDataManager
 from scvi.data._utils import _check_if_view  # the public way refuses views
 from scvi.data.fields import (
     CategoricalJointObsField,
@@ -23,6 +22,7 @@ from scvi.model.base import BaseModelClass
 from ._effects import EffectsMixin
 from ._keys import CONDITION_KEY, DOSE_KEY
 from ._levels import DescribedLevels, Levels, checked_table
+from ._minibatches import CellManager
 from ._module import DiscoverVAE
 from ._readout import ReadoutMixin
 from ._training import TrainingMixin
@@ -302,7 +302,7 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
             CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical_covariate_keys),
             NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous_covariate_keys),
         ]
-        manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
+        manager = CellManager(fields=fields, setup_method_args=setup_method_args)
         extension = {} if source_registry is None else {"extend_categories": True}
         manager.register_fields(adata, source_registry=source_registry, **extension)
         cls.register_manager(manager)
@@ -500,12 +500,12 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         self._register_manager_for_instance(self._transferred(adata))
         return adata
 
-    def _transferred(self, adata: AnnData) -> AnnDataManager:
+    def _transferred(self, adata: AnnData) -> CellManager:
         """Register cells as those of training were, with the levels added after it."""
         own = self.adata_manager
         registry = deepcopy(own.registry)
         registry["field_registries"][CONDITION_KEY]["state_registry"]["mappings"] |= self._levels
-        manager = AnnDataManager(
+        manager = CellManager(
             fields=own.fields,
             setup_method_args=own._get_setup_method_args(),
             validation_checks=own.validation_checks,

@@ -12,6 +12,7 @@ from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import nn
 
 from ._conditions import Conditions
+from ._counts import SparseCells
 from ._keys import (
     CONDITION_KEY,
     DOSE_KEY,
@@ -25,13 +26,13 @@ from ._keys import (
     W_KEY,
     Z_KEY,
 )
+from ._likelihoods import reconstruction_losses
 from ._losses import (
     adversarial_loss,
     adversary_cross_entropy,
     adversary_entropy,
     kl_to_standard_normal,
     kl_to_unit_normal,
-    reconstruction_losses,
 )
 from ._networks import Adversary, Decoder, Encoder, LinearDecoder
 from ._priors import ClassMeanPrior, LearnedPrior
@@ -113,6 +114,7 @@ class DiscoverVAE(BaseModuleClass):
         super().__init__()
         self.n_input = n_input
         self.n_latent = n_latent
+        self.n_latents = {"z": n_latent, "w": n_latent_specific}
         self.gene_likelihood = gene_likelihood
         self.dispersion = dispersion
         self.invariance = invariance
@@ -170,7 +172,9 @@ class DiscoverVAE(BaseModuleClass):
         condition_index = tensors[CONDITION_KEY].long()  # arrives as float32
         return self.conditions(condition_index, tensors.get(DOSE_KEY))
 
-    def _get_inference_input(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    def _get_inference_input(
+        self, tensors: dict[str, Tensor | SparseCells]
+    ) -> dict[str, Tensor | SparseCells | None]:
         return {
             "x": tensors[REGISTRY_KEYS.X_KEY],
             "condition_features": self.condition_features(tensors),
@@ -179,14 +183,17 @@ class DiscoverVAE(BaseModuleClass):
 
     @auto_move_data
     def inference(
-        self, x: Tensor, condition_features: Tensor, size_factor: Tensor | None = None
+        self,
+        x: Tensor | SparseCells,
+        condition_features: Tensor,
+        size_factor: Tensor | None = None,
     ) -> dict[str, Tensor | torch.distributions.Normal]:
         """Return the posteriors of z and w, one draw of each, and the log library size.
 
         Parameters
         ----------
         x
-            Expression of shape ``(n_cells, n_genes)``.
+            Expression of shape ``(n_cells, n_genes)``, or its non-zero entries.
         condition_features
             Shape ``(n_cells, n_features)``.
         size_factor
@@ -195,7 +202,7 @@ class DiscoverVAE(BaseModuleClass):
         encoded = self._transform(x)
         qz = self.z_encoder(encoded)
         qw = self.w_encoder(encoded, condition_features)
-        total = x.sum(-1, keepdim=True) if size_factor is None else size_factor
+        total = _total(x) if size_factor is None else size_factor
         return {
             QZ_KEY: qz,
             QW_KEY: qw,
@@ -204,8 +211,9 @@ class DiscoverVAE(BaseModuleClass):
             LIBRARY_KEY: torch.log(total * self.library_scale),
         }
 
-    def _transform(self, x: Tensor) -> Tensor:
-        return x if self.gene_likelihood == "normal" else torch.log1p(x)
+    def _transform(self, x: Tensor | SparseCells) -> Tensor | SparseCells:
+        """Return the expression as the encoders read it, ``(n_cells, n_genes)``."""
+        return x if self.gene_likelihood == "normal" else x.log1p()
 
     @auto_move_data
     def posterior(
@@ -387,11 +395,12 @@ class DiscoverVAE(BaseModuleClass):
         """Return the cross-entropy that the adversary minimises, summed over its classifiers."""
         condition_index = tensors[CONDITION_KEY].long()
         per_key = self.adversary(representations, self._labels(tensors))
-        return sum(
-            adversary_cross_entropy(logits, condition_index[:, key]).mean()
-            for key, classifiers in enumerate(per_key)
-            for logits in classifiers
-        )
+        loss = 0.0
+        for key, classifiers in enumerate(per_key):
+            n = len(classifiers)
+            truth = condition_index[:, key].repeat(n)
+            loss = loss + n * adversary_cross_entropy(torch.cat(classifiers), truth).mean()
+        return loss
 
     def game(
         self, representations: dict, tensors: dict[str, Tensor]
@@ -409,13 +418,15 @@ class DiscoverVAE(BaseModuleClass):
         for key, (classifiers, target) in enumerate(
             zip(per_key, self._targets(tensors), strict=True)
         ):
-            truth = condition_index[:, key]
-            for logits in classifiers:
-                losses.append(adversarial_loss(logits, target).mean())
-                with torch.no_grad():
-                    cross_entropy.append(adversary_cross_entropy(logits, truth).mean())
-                    accuracy.append((logits.argmax(-1) == truth).float().mean())
-                    entropy.append(adversary_entropy(logits).mean())
+            n, logits = len(classifiers), torch.cat(classifiers)
+            truth = condition_index[:, key].repeat(n)
+            if len(target) > 1:  # one target per cell
+                target = target.repeat(n, 1)
+            losses.append(n * adversarial_loss(logits, target).mean())
+            with torch.no_grad():
+                cross_entropy.append(adversary_cross_entropy(logits, truth).mean())
+                accuracy.append((logits.argmax(-1) == truth).float().mean())
+                entropy.append(adversary_entropy(logits).mean())
         metrics = {
             "adversary_cross_entropy": torch.stack(cross_entropy).mean(),
             "adversary_accuracy": torch.stack(accuracy).mean(),
@@ -440,3 +451,10 @@ class DiscoverVAE(BaseModuleClass):
             "adversary_chance_accuracy": float(torch.stack(accuracy).mean()),
             "adversary_chance_cross_entropy": float(torch.stack(entropy).mean()),
         }
+
+
+def _total(x: Tensor | SparseCells) -> Tensor:
+    """Return the total expression of each cell, ``(n_cells, 1)``."""
+    if isinstance(x, SparseCells):
+        return x.sum_per_cell(x.values).unsqueeze(1)
+    return x.sum(-1, keepdim=True)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributions import Normal
 
 from ._conditions import ConditionVectors
+from ._counts import SparseCells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,6 +84,8 @@ class HiddenLayers(nn.Module):
     ) -> None:
         super().__init__()
         self.first = nn.Linear(n_input, n_hidden)
+        # same weights, the transpose contiguous: what products with sparse cells read
+        self.first.weight = nn.Parameter(self.first.weight.detach().t().contiguous().t())
         self.covariates = covariates
         self.activation = _activation(n_hidden, dropout_rate)
         self.rest = nn.Sequential(
@@ -92,9 +95,12 @@ class HiddenLayers(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, *covariates: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor | SparseCells, *covariates: Tensor | None) -> Tensor:
         """Return the last hidden layer, ``(n_cells, n_hidden)``."""
-        first = self.first(x)
+        if isinstance(x, SparseCells):
+            first = x.linear(self.first.weight, self.first.bias)
+        else:
+            first = self.first(x)
         if self.covariates is not None:
             first = first + self.covariates(*covariates)
         return self.rest(self.activation(first))
@@ -124,7 +130,7 @@ class Encoder(nn.Module):
         self.loc = nn.Linear(n_hidden, n_output)
         self.log_var = nn.Linear(n_hidden, n_output)
 
-    def forward(self, x: Tensor, *condition_features: Tensor) -> Normal:
+    def forward(self, x: Tensor | SparseCells, *condition_features: Tensor) -> Normal:
         """Return the posterior over ``(n_cells, n_output)``."""
         hidden = self.hidden(x, *condition_features)
         scale = torch.exp(0.5 * self.log_var(hidden)) + _MIN_SCALE

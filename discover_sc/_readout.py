@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ._encoding import posteriors
 from ._expression import expected_expression, sorted_cells
 from ._keys import OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY
 from ._prediction import concatenated, predict_counterfactual
@@ -53,7 +54,7 @@ class ReadoutMixin:
         indices
             Cells to encode, in this order; None: all.
         batch_size
-            Cells in a minibatch; None: ``scvi.settings.batch_size``.
+            Cells in a minibatch; None: 1,024.
 
         Returns
         -------
@@ -69,17 +70,14 @@ class ReadoutMixin:
         self._check_if_trained(warn=False, message=_UNTRAINED)
         adata = self._validate_anndata(adata)
         cells, restore = sorted_cells(adata, indices)
-        means, others = [], []
-        for tensors in self._make_data_loader(adata, indices=cells, batch_size=batch_size):
-            posterior = self.module.posterior(tensors, latent)
-            means.append(posterior.loc.cpu().numpy())
+        first = np.empty((len(cells), self.module.n_latents[latent]), dtype=np.float32)
+        second = np.empty_like(first) if return_dist else None
+        for rows, (posterior,) in posteriors(self, adata, cells, (latent,), batch_size):
+            own = posterior.loc if give_mean or return_dist else posterior.sample()
+            first[rows] = own.cpu().numpy()
             if return_dist:
-                others.append(posterior.variance.cpu().numpy())
-            elif not give_mean:
-                others.append(posterior.sample().cpu().numpy())
-        if return_dist:
-            return np.concatenate(means)[restore], np.concatenate(others)[restore]
-        return np.concatenate(means if give_mean else others)[restore]
+                second[rows] = posterior.variance.cpu().numpy()
+        return (first[restore], second[restore]) if return_dist else first[restore]
 
     def write_latents(self, adata: AnnData | None = None) -> None:
         """Write posterior means into ``.obsm["X_discover_z"]`` and ``.obsm["X_discover_w"]``.

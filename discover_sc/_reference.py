@@ -12,6 +12,7 @@ from sklearn.metrics import pairwise_distances_argmin
 
 from ._calibration import PROFILE_LIBRARY
 from ._counterfactual import MIN_GROUP_CELLS, cluster_groups
+from ._encoding import posteriors
 from ._group_effects import GroupEffects
 
 if TYPE_CHECKING:
@@ -86,9 +87,13 @@ def _encode(
     cells, keys = cells[kept], keys.iloc[kept]
     grouped = keys.groupby(list(keys), sort=True)
     pair_of_cell, pairs = grouped.ngroup().to_numpy(), grouped.size().reset_index(name="n_cells")
+    latents = [
+        [p.loc.cpu().numpy() for p in both] for _, both in posteriors(model, adata, cells, "zw")
+    ]
+    z, w = (np.concatenate(parts) for parts in zip(*latents, strict=True))
     return {
-        "z": model.get_latent_representation(adata, latent="z", indices=cells),
-        "w": model.get_latent_representation(adata, latent="w", indices=cells),
+        "z": z,
+        "w": w,
         "condition_codes": codes[kept],
         "doses": None if doses is None else doses[cells],
         "groups": groups[kept],

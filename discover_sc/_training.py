@@ -33,7 +33,7 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         train_size: float | None = None,
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
-        load_sparse_tensor: bool = False,
+        load_sparse_tensor: bool = True,
         batch_size: int = 128,
         early_stopping: bool = False,
         datasplitter_kwargs: dict | None = None,
@@ -56,7 +56,8 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         shuffle_set_split
             Draw the split at random.
         load_sparse_tensor
-            Move sparse minibatches to the device as sparse tensors.
+            Hand over minibatches of sparse data as their non-zero entries; otherwise as dense
+            tensors, slower, with the same result up to rounding.
         batch_size
             Cells in a minibatch.
         early_stopping

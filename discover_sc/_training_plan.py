@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from scvi import REGISTRY_KEYS
 from scvi.train import TrainingPlan
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ._keys import CONDITION_KEY
+from ._optimizer import AdamW
 from .evaluation import condition_probes
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class DiscoverTrainingPlan(TrainingPlan):
     eps
         Term added to AdamW's denominator.
     n_adversary_steps
-        Steps of the adversary per step of the model.
+        Steps of the adversary per step of the model, each on its own part of the minibatch.
     averaging_decay
         Decay per step, in [0, 1), of the exponential average of all parameters that validation
         judges and that training ends with; 0: the last parameters.
@@ -139,8 +141,8 @@ class DiscoverTrainingPlan(TrainingPlan):
         options = {"eps": self.eps, "weight_decay": self.weight_decay, "fused": fused}
         decayed = [p for p in self._model_parameters() if p is not self.module.log_theta]
         groups = [{"params": decayed}, {"params": [self.module.log_theta], "weight_decay": 0.0}]
-        model = torch.optim.AdamW(groups, lr=self.lr, **options)
-        adversary = torch.optim.AdamW(self._adversary_parameters(), lr=self.adversary_lr, **options)
+        model = AdamW(groups, lr=self.lr, **options)
+        adversary = AdamW(self._adversary_parameters(), lr=self.adversary_lr, **options)
         schedulers = []
         if self.reduce_lr_on_plateau:
             schedule = ReduceLROnPlateau(
@@ -180,10 +182,18 @@ class DiscoverTrainingPlan(TrainingPlan):
     def _step_adversary(
         self, optimizer: torch.optim.Optimizer, representations: dict, batch: dict
     ) -> None:
-        detached = {name: tensor.detach() for name, tensor in representations.items()}
-        for _ in range(self.n_adversary_steps):
+        """Take each step on cells of its own: several steps at the price of one on all cells."""
+        told = {key: batch[key] for key in (CONDITION_KEY, REGISTRY_KEYS.LABELS_KEY)}
+        n_cells = len(batch[CONDITION_KEY])
+        size = -(-n_cells // self.n_adversary_steps)
+        for start in range(0, n_cells, size):
+            part = slice(start, start + size)
             optimizer.zero_grad()
-            self.manual_backward(self.module.adversary_loss(detached, batch))
+            loss = self.module.adversary_loss(
+                {name: tensor.detach()[part] for name, tensor in representations.items()},
+                {key: tensor[part] for key, tensor in told.items()},
+            )
+            self.manual_backward(loss)
             optimizer.step()
 
     def _game(self, representations: dict, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -331,8 +341,7 @@ class _RunningAverage:
         """Move towards the present state; early steps count less, or the start would linger."""
         self._n_steps += 1
         decay = min(self._decay, self._n_steps / (self._n_steps + 10))
-        for average, present in zip(self._average, self._present, strict=True):
-            average.lerp_(present, 1 - decay)
+        torch._foreach_lerp_(self._average, self._present, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -220,8 +220,8 @@ def test_dense_sparse_and_backed_data_give_the_same_latents(adata, tmp_path):
         # one minibatch of all cells, since a backed file is read in sorted order
         model.train(max_epochs=1, batch_size=400, train_size=1.0, **QUIET)
         latents.append(model.get_latent_representation())
-    for other in latents[1:3]:
-        assert np.array_equal(other, latents[0])
+    assert np.array_equal(latents[2], latents[0])
+    np.testing.assert_allclose(latents[1], latents[0], rtol=1e-4, atol=1e-5)
     assert np.isfinite(latents[3]).all()  # its cells meet other draws of the latents
     chosen = model.get_latent_representation(indices=[7, 2, 5])
     np.testing.assert_allclose(chosen, latents[3][[7, 2, 5]], rtol=1e-4, atol=1e-5)

@@ -148,7 +148,7 @@ def test_chance_given_the_label_counts_each_label_by_its_cells():
     module = DiscoverVAE(
         N_GENES,
         [targets],
-        torch.tensor([0.25, 0.75]),
+        label_frequencies=torch.tensor([0.25, 0.75]),
         n_latent_specific=10,
         invariance="conditional",
     )
@@ -174,3 +174,30 @@ def test_a_new_batch_level_leaves_reference_cells_as_they_are():
     tensors = make_tensors() | {REGISTRY_KEYS.CAT_COVS_KEY: torch.arange(N_CELLS).unsqueeze(1) % 3}
     z, w, library = torch.zeros(N_CELLS, 3), torch.ones(N_CELLS, 3), torch.zeros(N_CELLS, 1)
     assert torch.equal(old.decode(z, w, library, tensors).mu, new.decode(z, w, library, tensors).mu)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_labels", [1, 3], ids=["marginal", "given the label"])
+def test_the_game_sums_over_keys_and_classifiers_and_averages_over_cells(n_labels):
+    generator = torch.Generator().manual_seed(1)
+    targets = [torch.softmax(torch.randn(n_labels, 2, generator=generator), -1) for _ in range(2)]
+    invariance = "marginal" if n_labels == 1 else "conditional"
+    module = DiscoverVAE(N_GENES, targets, invariance=invariance).eval()
+    tensors = make_tensors(n_keys=2)
+    representations, _ = step_losses(module, tensors)
+    loss, metrics = module.game(representations, tensors)
+    labels = tensors[REGISTRY_KEYS.LABELS_KEY]
+    rows = labels.squeeze(1) if n_labels > 1 else torch.zeros(N_CELLS, dtype=torch.long)
+    expected, cross_entropy = 0.0, 0.0
+    for key, classifiers in enumerate(module.adversary(representations, labels)):
+        truth = tensors[CONDITION_KEY][:, key].long()
+        for logits in classifiers:
+            for i in range(N_CELLS):
+                log_g, p = torch.log_softmax(logits[i], -1), targets[key][rows[i]]
+                expected += float((p * (p.log() - log_g)).sum()) / N_CELLS
+                cross_entropy -= float(log_g[truth[i]]) / N_CELLS
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert float(metrics["adversary_cross_entropy"]) == pytest.approx(cross_entropy / 4, rel=1e-4)
+    assert float(module.adversary_loss(representations, tensors)) == pytest.approx(
+        cross_entropy, rel=1e-4
+    )

@@ -5,6 +5,7 @@ import torch
 from fitting import QUIET, train_small
 
 from discover_sc import DISCoVeR, InvarianceStopping
+from discover_sc._module import DiscoverVAE
 from discover_sc._training_plan import DiscoverTrainingPlan, _RunningAverage
 
 TERMS = (
@@ -53,6 +54,7 @@ def test_the_adversary_steps_change_only_the_adversary(adata):
     before = {n: p.clone() for n, p in fresh.module.named_parameters()}
     fresh.train(max_epochs=1, plan_kwargs={"lr": 0.0, "weight_decay": 0.0}, **QUIET)
     moved = {n for n, p in fresh.module.named_parameters() if not torch.equal(p, before[n])}
+    moved -= {"log_theta"}  # fitted when training has ended
     assert moved
     assert all(n.startswith("adversary") for n in moved)
 
@@ -268,3 +270,18 @@ def test_training_ends_with_the_average_which_validation_judged(adata):
 def test_a_decay_outside_its_range_is_refused(adata, decay):
     with pytest.raises(ValueError, match=r"averaging_decay is .*at least 0 and below 1"):
         train_small(adata, train={"plan_kwargs": {"averaging_decay": decay}})
+
+
+def test_the_adversary_takes_its_steps_on_parts_that_make_the_minibatch(adata, monkeypatch):
+    """Three steps on a third of the cells each cost one step on all of them."""
+    seen = []
+
+    def record(self, representations, tensors):
+        seen.append(len(tensors["condition"]))
+        assert {len(r) for r in representations.values()} == {seen[-1]}
+        return original(self, representations, tensors)
+
+    original = DiscoverVAE.adversary_loss
+    monkeypatch.setattr(DiscoverVAE, "adversary_loss", record)
+    train_small(adata, train={"max_epochs": 1, "batch_size": 128, "train_size": 1.0})
+    assert seen == [43, 43, 42] * 2 + [15, 15, 14]  # 300 cells: 128, 128 and 44

@@ -1,14 +1,13 @@
-"""Measure invariance, conservation and speed, beside their baselines.
+"""Measure invariance and conservation, beside their baselines.
 
     DISCOVER_SC_DATA=FOLDER python tests/benchmarks/targets.py PART [--seeds 3]
 
-PART is one of: invariance, variants, composition, cytokines, speed. Default
+PART is one of: invariance, variants, composition, cytokines. Default
 arguments of the package throughout, unless the row says otherwise; each part prints a table.
 """
 
 import argparse
 import os
-import time
 from pathlib import Path
 
 import anndata as ad
@@ -17,7 +16,7 @@ import pandas as pd
 import scvi
 
 from discover_sc import DISCoVeR, evaluation
-from discover_sc.data import kang, simulate
+from discover_sc.data import kang
 
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
 
@@ -108,35 +107,14 @@ def cytokines(seeds):
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def speed(repetitions):
-    """Epochs of both models in turn, in one process: 20,000 cells x 2,000 genes, 8 % non-zero."""
-    adata = simulate(20_000, 2_000, mean_library_size=800.0, seed=0)
-    both = {"SCVI": adata.copy(), "DISCoVeR": adata.copy()}
-    scvi.model.SCVI.setup_anndata(both["SCVI"], batch_key="condition")
-    DISCoVeR.setup_anndata(both["DISCoVeR"], condition_key="condition")
-    models = {
-        "SCVI": scvi.model.SCVI(both["SCVI"], gene_likelihood="nb"),
-        "DISCoVeR": DISCoVeR(both["DISCoVeR"]),
-    }
-    seconds = {name: [] for name in models}
-    for _ in range(repetitions + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model.train(max_epochs=1, train_size=1.0, **QUIET)
-            seconds[name].append(time.perf_counter() - start)
-    table = pd.DataFrame(seconds).iloc[1:]  # the first of each warms up
-    table["ratio"] = table["DISCoVeR"] / table["SCVI"]
-    return table.describe().loc[["min", "50%", "max"]]
-
-
-PARTS = (invariance, variants, composition, cytokines, speed)
+PARTS = (invariance, variants, composition, cytokines)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=[p.__name__ for p in PARTS])
-    parser.add_argument("--seeds", type=int, default=3, help="seeds, or repetitions for speed")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds to train with")
     arguments = parser.parse_args()
     part = {p.__name__: p for p in PARTS}[arguments.part]
     result = part(arguments.seeds)
-    print(f"\n{arguments.part}, {arguments.seeds} seeds or repetitions")
+    print(f"\n{arguments.part}, {arguments.seeds} seeds")
     print(result.round(3).to_string())

@@ -1,0 +1,38 @@
+"""Posteriors of many cells, in minibatches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
+    from anndata import AnnData
+    from torch.distributions import Normal
+
+    from ._model import DISCoVeR
+
+_BATCH_SIZE = 1024  # without a gradient, larger minibatches cost less
+
+
+@torch.inference_mode()
+def posteriors(
+    model: DISCoVeR,
+    adata: AnnData,
+    cells: np.ndarray,
+    latents: Sequence[str],
+    batch_size: int | None = None,
+) -> Iterator[tuple[slice, list[Normal]]]:
+    """Yield the positions of a minibatch among the cells, and its posterior of each latent."""
+    loader = model._make_data_loader(
+        adata, indices=cells, batch_size=batch_size or _BATCH_SIZE, load_sparse_tensor=True
+    )
+    start = 0
+    for tensors in loader:
+        found = [model.module.posterior(tensors, latent) for latent in latents]
+        rows = slice(start, start + len(found[0].loc))
+        yield rows, found
+        start = rows.stop

@@ -1,0 +1,286 @@
+"""Time an epoch of DISCoVeR beside one of scvi-tools' SCVI, alternating in one process.
+
+    python tests/benchmarks/throughput.py [--likelihood zinb] [--batch-size 1024] [--threads 2]
+    python tests/benchmarks/throughput.py --profile      where the time of a step goes
+    python tests/benchmarks/throughput.py --scaling      cost against cells, genes, conditions, ...
+    python tests/benchmarks/throughput.py --inference    latents of --n-cells cells
+
+Both models: same likelihood, genes, layers, minibatches, threads; the default training
+of each. Ratios are taken pairwise, so that what else runs on the machine hits both. Seconds are
+wall time; "CPU" is the process's time on all threads, which other processes disturb less.
+"""
+
+import argparse
+import logging
+import time
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import scvi
+import torch
+from scvi import REGISTRY_KEYS
+
+from discover_sc import DISCoVeR
+from discover_sc._keys import PX_KEY, PX_SHARED_KEY, THETA_KEY
+from discover_sc._likelihoods import reconstruction_losses
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def counts(n_cells, n_genes, density=0.08, n_conditions=2, seed=0):
+    """Overdispersed counts with a share of non-zero entries, in blocks of cells."""
+    rng = np.random.default_rng(seed)
+    frequency = rng.gamma(0.06, 1.0, n_genes) + 1e-4
+    depth = _depth(frequency, density, n_genes)
+    blocks = []
+    for start in range(0, n_cells, 1000):
+        n = min(1000, n_cells - start)
+        mean = depth * rng.lognormal(0.0, 0.4, (n, 1)) * rng.gamma(2.0, 0.5, (n, n_genes))
+        blocks.append(sp.csr_matrix(rng.poisson(mean * frequency).astype(np.float32)))
+    adata = ad.AnnData(sp.vstack(blocks).tocsr())
+    levels = np.array([f"c{k}" for k in range(n_conditions)])
+    adata.obs["condition"] = pd.Categorical(levels[np.arange(n_cells) % n_conditions])
+    return adata
+
+
+def _depth(frequency, density, n_genes):
+    """Return the factor at which that share of genes is expected to be seen in a cell."""
+    low, high = 1e-3, 1e6
+    for _ in range(60):
+        depth = np.sqrt(low * high)
+        # a gamma of shape 2 and mean 1 mixed over the Poisson zero
+        seen = 1 - np.mean((1 + 0.5 * depth * frequency) ** -2.0)
+        low, high = (depth, high) if seen < density else (low, depth)
+    return depth
+
+
+def build_scvi(adata, likelihood):
+    adata = adata.copy()
+    scvi.model.SCVI.setup_anndata(adata, batch_key="condition")
+    return scvi.model.SCVI(adata, gene_likelihood=likelihood, n_hidden=128, n_layers=1)
+
+
+def build_own(adata, likelihood):
+    adata = adata.copy()
+    DISCoVeR.setup_anndata(adata, condition_key="condition")
+    return DISCoVeR(adata, gene_likelihood=likelihood)
+
+
+def epoch(model, batch_size, n_epochs=1):
+    """Return wall and CPU seconds of an epoch."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    model.train(max_epochs=n_epochs, train_size=1.0, batch_size=batch_size, **QUIET)
+    return (time.perf_counter() - wall) / n_epochs, (time.process_time() - cpu) / n_epochs
+
+
+def compare(first, second, repetitions):
+    """Call both in turn; return a table of wall and CPU seconds and of their ratios."""
+    rows = []
+    first(), second()  # warm up
+    for _ in range(repetitions):
+        (wall, cpu), (own_wall, own_cpu) = first(), second()
+        rows.append(
+            {
+                "SCVI, s": wall,
+                "DISCoVeR, s": own_wall,
+                "ratio": own_wall / wall,
+                "CPU ratio": own_cpu / cpu,
+            }
+        )
+    return pd.DataFrame(rows).describe().loc[["50%", "min", "max"]].rename({"50%": "median"})
+
+
+def throughput(options):
+    adata = counts(options.n_cells, options.n_genes)
+    theirs, own = build_scvi(adata, options.likelihood), build_own(adata, options.likelihood)
+    return compare(
+        lambda: epoch(theirs, options.batch_size),
+        lambda: epoch(own, options.batch_size),
+        options.repetitions,
+    )
+
+
+def inference(options):
+    adata = counts(options.n_cells, options.n_genes)
+    theirs, own = build_scvi(adata, options.likelihood), build_own(adata, options.likelihood)
+    for model in (theirs, own):
+        model.train(max_epochs=1, train_size=min(1.0, 2_000 / options.n_cells), **QUIET)
+
+    def encode(model):
+        wall, cpu = time.perf_counter(), time.process_time()
+        model.get_latent_representation()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    return compare(lambda: encode(theirs), lambda: encode(own), options.repetitions)
+
+
+# ------------------------------------------------------------------------------- profile
+
+
+def milliseconds(function, repetitions=30):
+    """Return the median wall and CPU milliseconds of a call."""
+    function()
+    times = []
+    for _ in range(repetitions):
+        wall, cpu = time.perf_counter(), time.process_time()
+        function()
+        times.append((time.perf_counter() - wall, time.process_time() - cpu))
+    return 1e3 * np.median(times, axis=0)
+
+
+def profile(options):
+    """Time each stage of a step alone, forward and backward, on one minibatch."""
+    adata = counts(min(options.n_cells, 20_000), options.n_genes)
+    model = build_own(adata, options.likelihood)
+    wall, cpu = epoch(model, options.batch_size)
+    n_steps = -(-model.adata.n_obs // options.batch_size)
+    plan, module = model._training_plan_cls(model.module), model.module.train()
+    loader = model._make_data_loader(
+        model.adata, batch_size=options.batch_size, shuffle=True, load_sparse_tensor=True
+    )
+    batch = next(iter(loader))
+    (optimizer, adversary_optimizer), _ = plan.configure_optimizers()
+    plan.manual_backward = lambda loss: loss.backward()
+    inference_outputs, outputs, losses = module(batch)
+    read = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in module.adversary_representations(
+            batch, inference_outputs, outputs
+        ).items()
+    }
+    parts = {
+        "encoders": lambda: _sum_backward(
+            *(module.inference(**module._get_inference_input(batch))[k] for k in ("z", "w"))
+        ),
+        "decoders": _decoders(module, batch, inference_outputs),
+        "likelihood": _likelihood(batch, outputs),
+        "adversary": lambda: _adversary(plan, adversary_optimizer, read, batch),
+        "optimiser": lambda: optimizer.step(),
+    }
+    _sum_backward(losses.loss)  # gradients for the optimiser
+    table = {"data": _loading(loader)}
+    table |= {name: milliseconds(part) for name, part in parts.items()}
+    step = np.array([wall, cpu]) * 1e3 / n_steps
+    table["trainer and the rest"] = step - np.sum(list(table.values()), axis=0)
+    table["step"] = step
+    table["matrix products of the step"] = milliseconds(_matrix_products(module, options))
+    table = pd.DataFrame(table, index=["wall, ms", "CPU, ms"]).T
+    table["of the step"] = table["CPU, ms"] / table.loc["step", "CPU, ms"]
+    return table
+
+
+def _sum_backward(*tensors):
+    sum(tensor.sum() for tensor in tensors).backward()
+
+
+def _loading(loader):
+    wall, cpu = time.perf_counter(), time.process_time()
+    n_minibatches = sum(1 for _ in loader)
+    seconds = (time.perf_counter() - wall, time.process_time() - cpu)
+    return 1e3 * np.array(seconds) / n_minibatches
+
+
+def _decoders(module, batch, inference_outputs):
+    inputs = module._get_generative_input(batch, inference_outputs)
+    inputs = {k: v.detach().requires_grad_() if k in ("z", "w") else v for k, v in inputs.items()}
+
+    def run():
+        outputs = module.generative(**inputs)
+        scales = [outputs[k].scale for k in (PX_KEY, PX_SHARED_KEY)]
+        torch.autograd.backward(scales, [torch.ones_like(s) for s in scales])
+
+    return run
+
+
+def _likelihood(batch, outputs):
+    likelihoods = [outputs[k] for k in (PX_KEY, PX_SHARED_KEY)]
+    x, theta = batch[REGISTRY_KEYS.X_KEY], outputs[THETA_KEY].detach().requires_grad_()
+    for px in likelihoods:
+        px.mu = px.mu.detach().requires_grad_()
+    return lambda: _sum_backward(*reconstruction_losses(x, likelihoods, theta))
+
+
+def _adversary(plan, optimizer, read, batch):
+    plan._step_adversary(optimizer, read, batch)
+    plan._game(read, batch)[0].backward()
+
+
+def _matrix_products(module, options):
+    """Return a function with the dense products of a step's large layers, both ways."""
+    x = torch.rand(options.batch_size, options.n_genes)
+    hidden = torch.rand(options.batch_size, 128)
+    weight = torch.rand(128, options.n_genes)
+    n_outputs = 2 if module.gene_likelihood == "zinb" else 1
+
+    def run():
+        for _ in range(2):  # encoders: forward, and backward to the weights
+            _ = x @ weight.T
+            _ = hidden.T @ x
+        for _ in range(2 * n_outputs):  # decoders: forward, backward to weights and inputs
+            _ = hidden @ weight
+            _ = hidden.T @ x
+            _ = x @ weight.T
+        # the adversary's steps on parts that make one minibatch, and the model's against it
+        _ = x @ weight.T
+        _ = hidden.T @ x
+        _ = x @ weight.T
+        _ = hidden @ weight
+
+    return run
+
+
+# ------------------------------------------------------------------------------- scaling
+
+
+def scaling(options):
+    """Time an epoch of DISCoVeR and the same of SCVI while one size changes."""
+    base = {"n_cells": 10_000, "n_genes": 2_000, "n_conditions": 2, "density": 0.08}
+    sweeps = {
+        "n_cells": [1_000, 10_000, 100_000, 1_000_000],
+        "n_genes": [500, 2_000, 5_000, 10_000],
+        "n_conditions": [2, 10, 50, 100],
+        "density": [0.02, 0.08, 0.3],
+        "batch_size": [64, 128, 512, 1_024, 4_096],
+    }
+    rows = {}
+    for name, values in sweeps.items():
+        for value in values:
+            if name == "n_cells" and value > options.max_cells:
+                continue
+            sizes = base | ({name: value} if name in base else {})
+            batch_size = value if name == "batch_size" else options.batch_size
+            adata = counts(**sizes)
+            models = [f(adata, options.likelihood) for f in (build_scvi, build_own)]
+            table = compare(
+                *(lambda m=m, b=batch_size: epoch(m, b) for m in models), options.repetitions
+            )
+            per_cell = 1e6 * table.loc["median", ["SCVI, s", "DISCoVeR, s"]] / sizes["n_cells"]
+            rows[name, value] = {
+                "SCVI, us per cell": per_cell.iloc[0],
+                "DISCoVeR, us per cell": per_cell.iloc[1],
+                **table.loc["median", ["ratio", "CPU ratio"]],
+            }
+            print((name, value), rows[name, value], flush=True)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for part in ("profile", "scaling", "inference"):
+        parser.add_argument(f"--{part}", action="store_true")
+    parser.add_argument("--likelihood", choices=["nb", "zinb", "poisson"], default="nb")
+    parser.add_argument("--n-cells", type=int, default=20_000)
+    parser.add_argument("--n-genes", type=int, default=2_000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--max-cells", type=int, default=100_000, help="largest size of --scaling")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name in ("lightning", "lightning.pytorch", "scvi"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    chosen = [f for f in (profile, scaling, inference) if getattr(arguments, f.__name__)]
+    for function in chosen or [throughput]:
+        print(function(arguments).round(3).to_string(), flush=True)
