@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ._group_effects import GroupEffects
 
 PROFILE_LIBRARY = 1e4  # counts per cell on whose log1p group profiles are compared
-_ANCHOR_CELLS = 50  # source cells at which what they show of the decoder's error counts half
+_HALF_TRUST = 50  # cells of a group at which what they show counts half
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,23 @@ class GroupMeans:
 
 
 @dataclass(frozen=True)
+class OwnChange:
+    """Observed change of a group, ``(n_genes,)``, and the cells of the side that has fewer."""
+
+    change: np.ndarray
+    n_cells: int
+
+
+@dataclass(frozen=True)
 class GroupEstimate:
     """Profile of a group under the target condition, and its standard error, ``(n_genes,)``."""
 
     profile: np.ndarray
     error: np.ndarray
+
+
+def _trust(n_cells: int) -> float:
+    return n_cells / (n_cells + _HALF_TRUST)
 
 
 def anchored(means: GroupMeans) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +65,7 @@ def anchored(means: GroupMeans) -> tuple[np.ndarray, np.ndarray]:
     A decoder smooths, and misses part of what is particular to a group. The part is seen on the
     source cells, never on treated ones, and shrunk by their number.
     """
-    missed = means.n_cells / (means.n_cells + _ANCHOR_CELLS) * (means.observed - means.decoded)
+    missed = _trust(means.n_cells) * (means.observed - means.decoded)
     return means.decoded + missed, means.predicted + missed
 
 
@@ -61,6 +73,7 @@ def combine(
     means: GroupMeans,
     effects: GroupEffects | None,
     missed: np.ndarray | float = 0.0,
+    own: OwnChange | None = None,
     *,
     calibrate: bool,
 ) -> GroupEstimate:
@@ -75,6 +88,8 @@ def combine(
         the estimate is the model's and its error is not known (NaN).
     missed
         Change that the decoder is known to miss of the target condition, ``(n_genes,)``.
+    own
+        Change that was observed of this very group, if it was: trusted by the number of its cells.
     calibrate
         Otherwise the profile is the decoded one as it is.
     """
@@ -84,6 +99,8 @@ def combine(
         profile = profile + missed
         if effects is not None:
             profile = profile + effects.weight_beside() * (base + effects.change(base) - profile)
+        if own is not None:
+            profile = profile + _trust(own.n_cells) * (base + own.change - profile)
     if effects is None:
         return GroupEstimate(profile, np.full_like(profile, np.nan))
     return GroupEstimate(profile, np.sqrt(effects.error_variance(profile, profile - base)))

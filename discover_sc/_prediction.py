@@ -20,6 +20,7 @@ from ._calibration import (
     GroupEstimate,
     GroupMeans,
     LogCalibration,
+    OwnChange,
     ShiftCalibration,
     closed,
     combine,
@@ -29,9 +30,9 @@ from ._expression import expression_of
 from ._keys import LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
 from ._priors import LearnedPrior
 from ._reference import (
-    effects_between,
     groups_of,
     normalized,
+    observed_changes,
     profile_of,
 )
 from ._support import Support, warn_of_low_support
@@ -76,7 +77,8 @@ def predict_counterfactual(
                 missed = sum(target.missed_changes(model, codes))
                 calibrate = method == "auto"
                 estimates = [
-                    _estimate(model, m, move.effects, missed, calibrate=calibrate) for m in means
+                    _estimate(model, m, move, missed, move.own.get(name), calibrate=calibrate)
+                    for name, m in zip(names, means, strict=True)
                 ]
                 draws = _Draws(n_samples, interval, library_size)
                 _predict_cells(model, batches, move, means, estimates, group_of_cell, draws, result)
@@ -155,6 +157,7 @@ class _Move:
     way: Way
     description: str
     effects: GroupEffects | None
+    own: dict[str, OwnChange]
     support: Support
 
 
@@ -188,11 +191,13 @@ def _fit_move(
         )
     features = target.features(model, source_codes, source_dose)
     way, description = choose_way(method, model.module, *features, pieces, compares)
+    effects, own = observed_changes(trained, target, source_codes, source_dose)
     return _Move(
         source_name=_source_name(model, source_codes, source_dose),
         way=way.fit(reference),
         description=description,
-        effects=effects_between(trained, target, source_codes, source_dose),
+        effects=effects,
+        own=own,
         support=Support(reference, None if pieces is None else pieces.cells),
     )
 
@@ -298,12 +303,13 @@ def _group_means(
 def _estimate(
     model: DISCoVeR,
     means: GroupMeans,
-    effects: GroupEffects | None,
+    move: _Move,
     missed: np.ndarray | float,
+    own: OwnChange | None,
     *,
     calibrate: bool,
 ) -> GroupEstimate:
-    estimate = combine(means, effects, missed, calibrate=calibrate)
+    estimate = combine(means, move.effects, missed, own, calibrate=calibrate)
     if model.module.gene_likelihood == "normal":
         return estimate
     return replace(estimate, profile=closed(estimate.profile))

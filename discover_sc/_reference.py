@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from sklearn.metrics import pairwise_distances_argmin
 
-from ._calibration import PROFILE_LIBRARY
+from ._calibration import PROFILE_LIBRARY, OwnChange
 from ._counterfactual import MIN_GROUP_CELLS, cluster_groups
 from ._encoding import posteriors
 from ._group_effects import GroupEffects
@@ -144,10 +144,10 @@ def _nearest(z: np.ndarray, centers: np.ndarray) -> np.ndarray:
     return np.array([f"cluster_{k}" for k in pairwise_distances_argmin(z, centers)])
 
 
-def effects_between(
+def observed_changes(
     reference: dict, target: Target, source_codes: np.ndarray, source_dose: float | None
-) -> GroupEffects | None:
-    """Return the changes observed in the groups seen on both sides; None if there is none.
+) -> tuple[GroupEffects | None, dict[str, OwnChange]]:
+    """Return what the changes of groups seen on both sides tell of others, and each of them.
 
     Parameters
     ----------
@@ -157,29 +157,47 @@ def effects_between(
         Levels asked for.
     source_codes, source_dose
         Condition codes, ``(n_condition_keys,)``, and dose of the source cells.
+
+    Returns
+    -------
+    None and an empty dict where no group was seen on both sides.
     """
     codes, doses = reference["profile_codes"], reference["profile_doses"]
-    sides = [
+    sources, targets = (
         _group_profiles(reference, side)
         for side in (
             target.is_source(codes, doses, source_codes, source_dose),
             target.is_met(codes, doses),
         )
-    ]
-    matched = [group for group in sides[0] if group in sides[1]]
+    )
+    matched = [group for group in sources if group in targets]
     if not matched:
-        return None
-    return GroupEffects(*(np.stack([side[group] for group in matched]) for side in sides))
+        return None, {}
+    own = {
+        group: OwnChange(
+            targets[group].profile - sources[group].profile,
+            min(targets[group].n_cells, sources[group].n_cells),
+        )
+        for group in matched
+    }
+    profiles = (np.stack([side[g].profile for g in matched]) for side in (sources, targets))
+    return GroupEffects(*profiles), own
 
 
-def _group_profiles(reference: dict, side: np.ndarray) -> dict[str, np.ndarray]:
+class _Profile(NamedTuple):
+    profile: np.ndarray
+    n_cells: int
+
+
+def _group_profiles(reference: dict, side: np.ndarray) -> dict[str, _Profile]:
     """Return the profile of each group that has enough cells on a side."""
     profiles = {}
     for group in np.unique(reference["profile_groups"][side]):
         rows = side & (reference["profile_groups"] == group)
         n_cells = reference["profile_n_cells"][rows]
         if n_cells.sum() >= MIN_GROUP_CELLS:
-            profiles[group] = np.average(reference["profiles"][rows], axis=0, weights=n_cells)
+            mean = np.average(reference["profiles"][rows], axis=0, weights=n_cells)
+            profiles[str(group)] = _Profile(mean, int(n_cells.sum()))
     return profiles
 
 

@@ -4,6 +4,7 @@ import torch
 from discover_sc._calibration import (
     GroupMeans,
     LogCalibration,
+    OwnChange,
     ShiftCalibration,
     anchored,
     closed,
@@ -46,6 +47,13 @@ def test_observed_changes_and_the_model_are_weighed_gene_by_gene():
     np.testing.assert_allclose(estimate.profile, expected)
     assert weight[0] > weight[1]
     assert (estimate.error > 0).all()
+
+
+def test_the_change_observed_of_the_group_itself_is_trusted_by_its_cells():
+    own = OwnChange(np.array([0.5, 2.0]), n_cells=150)  # three quarters
+    profile = combine(MEANS, None, own=own, calibrate=True).profile
+    base, model = anchored(MEANS)
+    np.testing.assert_allclose(profile, 0.25 * model + 0.75 * (base + own.change))
 
 
 def test_calibrated_cells_have_the_wanted_mean_and_none_is_negative():

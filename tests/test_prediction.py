@@ -80,6 +80,7 @@ def test_the_choice_and_its_cross_validated_scores_are_kept_with_the_model(
     assert DISCoVeR.load(tmp_path / "model").counterfactual_choice_ == {"ctrl": choice}
 
 
+@pytest.mark.filterwarnings("ignore:.* already; asked about the condition")
 def test_each_group_and_source_condition_has_a_profile_of_its_own(trained, simulated):
     _, training, _ = simulated
     predicted = trained.predict_counterfactual(training[:200].copy(), to="treat_1", n_samples=2)

@@ -54,7 +54,7 @@ def _t_test(
     sides = [log_normalized(cells) for cells in (treated, control)]
     sides = [cells.tocsc() if sp.issparse(cells) else cells for cells in sides]
     results = []
-    for start in range(0, treated.shape[1], _GENES_AT_ONCE):
+    for start in range(0, sides[0].shape[1], _GENES_AT_ONCE):
         block = [cells[:, start : start + _GENES_AT_ONCE] for cells in sides]
         results.append(_t_test_dense(*(b.toarray() if sp.issparse(b) else b for b in block)))
     statistic, p_value = (np.concatenate(parts) for parts in zip(*results, strict=True))

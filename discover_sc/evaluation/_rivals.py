@@ -6,6 +6,7 @@ in, predicted cells out. Those here read the condition and the group from two co
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -299,7 +300,10 @@ def _discover(
     DISCoVeR.setup_anndata(train, condition_key=design.condition_key, labels_key=design.labels_key)
     model = DISCoVeR(train)
     model.train(max_epochs=max_epochs, enable_progress_bar=False)
-    return model.predict_counterfactual(source, to=target)
+    with warnings.catch_warnings():
+        # the group is held out: that it lacks support is the point
+        warnings.filterwarnings("ignore", message="The median support")
+        return model.predict_counterfactual(source, to=target)
 
 
 def _scvi(
