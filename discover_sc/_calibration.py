@@ -49,8 +49,9 @@ class OwnChange:
 
 @dataclass(frozen=True)
 class GroupEstimate:
-    """Profile of a group under the target condition, and its standard error, ``(n_genes,)``."""
+    """Profile under source and target condition, and its standard error, ``(n_genes,)`` each."""
 
+    source: np.ndarray
     profile: np.ndarray
     error: np.ndarray
 
@@ -102,8 +103,8 @@ def combine(
         if own is not None:
             profile = profile + _trust(own.n_cells) * (base + own.change - profile)
     if effects is None:
-        return GroupEstimate(profile, np.full_like(profile, np.nan))
-    return GroupEstimate(profile, np.sqrt(effects.error_variance(profile, profile - base)))
+        return GroupEstimate(base, profile, np.full_like(profile, np.nan))
+    return GroupEstimate(base, profile, np.sqrt(effects.error_variance(profile, profile - base)))
 
 
 def closed(profile: np.ndarray) -> np.ndarray:

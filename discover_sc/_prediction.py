@@ -13,7 +13,6 @@ import scipy.sparse as sp
 import torch
 from scipy.stats import norm
 from scvi import REGISTRY_KEYS, settings
-from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
 from ._calibration import (
     PROFILE_LIBRARY,
@@ -35,6 +34,7 @@ from ._reference import (
     observed_changes,
     profile_of,
 )
+from ._sampling import carry_over, sample
 from ._support import Support, warn_of_low_support
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def _estimate(
     estimate = combine(means, move.effects, missed, own, calibrate=calibrate)
     if model.module.gene_likelihood == "normal":
         return estimate
-    return replace(estimate, profile=closed(estimate.profile))
+    return replace(estimate, source=closed(estimate.source), profile=closed(estimate.profile))
 
 
 @dataclass(frozen=True)
@@ -347,14 +347,17 @@ def _predict_cells(
     """
     device, is_normal = model.device, model.module.gene_likelihood == "normal"
     calibration_class = ShiftCalibration if is_normal else LogCalibration
-    predicted, wanted, errors = (
+    decoded, base, predicted, wanted, errors = (
         torch.as_tensor(np.stack(rows), dtype=torch.float32, device=device)
         for rows in (
+            [m.decoded for m in means],
+            [e.source for e in estimates],
             [m.predicted for m in means],
             [e.profile for e in estimates],
             [e.error for e in estimates],
         )
     )
+    calibrate_source = calibration_class(decoded, base)
     calibrate = calibration_class(predicted, wanted)
     noise = torch.randn(draws.n_samples, *errors.shape, device=device) * errors.nan_to_num()
     disturbed = [calibration_class(predicted, wanted + error) for error in noise]
@@ -369,7 +372,7 @@ def _predict_cells(
             px = model.module.decode(z, move_w(move.way, z, w), library, tensors)
             expression = expression_of(px, PROFILE_LIBRARY)
             total = total + calibrate(expression, group)
-            observed.append(_sample(px, disturb(expression, group), library))
+            observed.append(sample(px, disturb(expression, group), library))
         scale = 1.0 if is_normal else draws.library_size / torch.exp(library)
         lower, upper = torch.quantile(torch.stack(observed), tails, dim=0) * scale
         result.lower[rows], result.upper[rows] = lower.cpu().numpy(), upper.cpu().numpy()
@@ -379,25 +382,13 @@ def _predict_cells(
         result.mean[rows] = mean.cpu().numpy()
         result.w[rows] = move_w(move.way, qz.loc, qw.loc).cpu().numpy()
         result.support[rows] = move.support(qz.loc.cpu().numpy(), qw.loc.cpu().numpy())
-        # of the last draw of the latents
-        counts = _sample(px, calibrate(expression, group), library)
+        # of the last draw of the latents, with the noise of the cell itself
+        own = expression_of(model.module.decode(z, w, library, tensors), PROFILE_LIBRARY)
+        x = tensors[REGISTRY_KEYS.X_KEY].to(device)
+        counts = carry_over(
+            px, x, calibrate_source(own, group), calibrate(expression, group), library
+        )
         result.counts.append((rows, sp.csr_matrix(counts.cpu().numpy())))
-
-
-def _sample(px: torch.distributions.Distribution, expression: Tensor, library: Tensor) -> Tensor:
-    """Draw what could be observed, ``(n_cells, n_genes)``, with a mean of given expression."""
-    if isinstance(px, torch.distributions.Normal):
-        return torch.normal(expression, px.scale)
-    fractions = expression / expression.sum(-1, keepdim=True)
-    rate = fractions * torch.exp(library)
-    if isinstance(px, Poisson):
-        return torch.poisson(rate)
-    if isinstance(px, ZeroInflatedNegativeBinomial):
-        # px.scale is the mean before zero inflation, as everywhere else in this package
-        return ZeroInflatedNegativeBinomial(
-            mu=rate, theta=px.theta, zi_logits=px.zi_logits, scale=fractions
-        ).sample()
-    return NegativeBinomial(mu=rate, theta=px.theta, scale=fractions).sample()
 
 
 # --------------------------------------------------------------------------- output

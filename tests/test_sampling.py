@@ -1,0 +1,65 @@
+import pytest
+import torch
+from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
+
+from discover_sc._sampling import carry_over, sample
+
+N_CELLS = 40_000
+BEFORE = torch.tensor([[1.0, 4.0, 0.001, 5.0]])
+AFTER = torch.tensor([[3.0, 1.0, 1.0, 5.0]])
+LIBRARY = torch.log(torch.full((N_CELLS, 1), 50.0))
+
+
+def counts_likelihood(expression, name):
+    fractions = (expression / expression.sum()).expand(N_CELLS, -1)
+    rate = fractions * 50.0
+    theta = torch.tensor([[2.0, 3.0, 1.0, 5.0]])
+    if name == "poisson":
+        return Poisson(rate=rate, scale=fractions), rate
+    px = NegativeBinomial(mu=rate, theta=theta, scale=fractions)
+    return px, rate + rate**2 / theta
+
+
+@pytest.mark.parametrize("name", ["nb", "poisson"])
+def test_carried_over_counts_have_the_distribution_of_the_other_mean(name):
+    px, _ = counts_likelihood(BEFORE, name)
+    target, variance = counts_likelihood(AFTER, name)
+    drawn = carry_over(px, px.sample(), BEFORE, AFTER, LIBRARY)
+    torch.testing.assert_close(drawn.mean(0), target.mean[0], rtol=0.03, atol=0.02)
+    torch.testing.assert_close(drawn.var(0), variance[0], rtol=0.06, atol=0.02)
+    for count in (0, 3):  # and not the first two moments only
+        expected = torch.exp(target.log_prob(torch.full((N_CELLS, 4), float(count))))[0]
+        share = (drawn == count).float().mean(0)
+        torch.testing.assert_close(share, expected, rtol=0.05, atol=0.01)
+
+
+def test_a_cell_keeps_its_own_noise():
+    px, _ = counts_likelihood(BEFORE, "nb")
+    x = px.sample()
+    same = carry_over(px, x, BEFORE, 7 * BEFORE, LIBRARY)  # a factor per cell says nothing
+    assert torch.equal(same, x)
+    moved = carry_over(px, x, BEFORE, AFTER, LIBRARY)
+    for gene in (0, 1):
+        assert torch.corrcoef(torch.stack([x[:, gene], moved[:, gene]]))[0, 1] > 0.5
+
+
+def test_normal_values_move_by_the_change_of_the_mean():
+    px = Normal(torch.zeros(2, 2), torch.ones(2, 2))
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    moved = carry_over(px, x, torch.ones(2, 2), torch.full((2, 2), 1.5), None)
+    torch.testing.assert_close(moved, x + 0.5)
+
+
+def test_zero_inflated_counts_are_drawn_afresh_at_the_other_mean():
+    logits = torch.full((N_CELLS, 4), -1.0)
+    px, _ = counts_likelihood(BEFORE, "nb")
+    zinb = ZeroInflatedNegativeBinomial(mu=px.mu, theta=px.theta, zi_logits=logits, scale=px.scale)
+    drawn = carry_over(zinb, zinb.sample(), BEFORE, AFTER, LIBRARY)
+    expected = (1 - torch.sigmoid(logits[0])) * 50.0 * AFTER[0] / AFTER.sum()
+    torch.testing.assert_close(drawn.mean(0), expected, rtol=0.05, atol=0.05)
+
+
+def test_fresh_draws_have_the_wanted_mean_at_the_library():
+    px, _ = counts_likelihood(BEFORE, "nb")
+    drawn = sample(px, AFTER.expand(N_CELLS, -1), LIBRARY)
+    torch.testing.assert_close(drawn.mean(0), 50.0 * AFTER[0] / AFTER.sum(), rtol=0.03, atol=0.02)
