@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from ._model import DISCoVeR
 
-_MAX_CELLS = 2000
-_N_STEPS = 40
+_MAX_CELLS = 1000
+_N_STEPS = 14
 _RANGE = (-9.0, 9.0)  # of the logarithm: beyond, a count likelihood is Poisson or all zero
 
 
@@ -30,7 +30,7 @@ def fit_dispersion(model: DISCoVeR) -> None:
 
     .. math:: \hat\theta = \arg\max_\theta \sum_i \log p(x_i \mid z_i, w_i, \theta)
 
-    with one posterior draw of z and w per cell, over at most 2,000 training cells. Rprop, because
+    with one posterior draw of z and w per cell, over at most 1,000 training cells. Rprop, because
     the problem falls apart into one per parameter.
 
     Parameters
@@ -42,10 +42,11 @@ def fit_dispersion(model: DISCoVeR) -> None:
     if module.gene_likelihood == "poisson":
         return
     cells = np.random.default_rng(0).permutation(model.train_indices)[:_MAX_CELLS]
-    parts = [
-        _decoded(model, t) for t in model._make_data_loader(model.adata, indices=np.sort(cells))
-    ]
-    optimizer = torch.optim.Rprop([module.log_theta], lr=0.1, step_sizes=(1e-3, 1.0))
+    loader = model._make_data_loader(
+        model.adata, indices=cells, batch_size=_MAX_CELLS, load_sparse_tensor=True
+    )
+    parts = [_decoded(model, tensors) for tensors in loader]
+    optimizer = torch.optim.Rprop([module.log_theta], lr=0.5, step_sizes=(1e-3, 1.0))
     for _ in range(_N_STEPS):
         optimizer.zero_grad()
         for x, output, library, batch_index in parts:

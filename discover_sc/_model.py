@@ -19,22 +19,31 @@ from scvi.data.fields import (
 )
 from scvi.model.base import BaseModelClass
 
+from ._arguments import (
+    check_choices,
+    check_columns_of,
+    check_known_levels,
+    check_overlap,
+    check_plain_levels,
+    check_ranges,
+    columns_named,
+    condition_keys_of,
+    described_levels,
+    level_names_of,
+)
 from ._effects import EffectsMixin
 from ._keys import CONDITION_KEY, DOSE_KEY
-from ._levels import DescribedLevels, Levels, checked_table
+from ._levels import DescribedLevels, Levels
 from ._minibatches import CellManager
 from ._module import DiscoverVAE
 from ._readout import ReadoutMixin
 from ._training import TrainingMixin
 from .data._checks import (
-    check_columns,
     check_conditions,
     check_counts,
     check_doses,
     check_finite,
-    check_finite_columns,
     check_names,
-    check_no_missing,
     match_genes,
     total_count,
 )
@@ -135,9 +144,9 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         adversarial_weight: float = 100.0,
     ) -> None:
         super().__init__(adata)
-        _check_choices(gene_likelihood, dispersion, prior, adversary_input, invariance, decoder)
+        check_choices(gene_likelihood, dispersion, prior, adversary_input, invariance, decoder)
         n_latent_specific_ = n_latent if n_latent_specific is None else n_latent_specific
-        _check_ranges(
+        check_ranges(
             {
                 "n_latent": n_latent,
                 "n_latent_specific": n_latent_specific_,
@@ -169,7 +178,7 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         self.added_levels_ = {key: [] for key in self.condition_keys}
         self.missed_changes_ = {}
         if prior == "class_mean":
-            _check_plain_levels(self._condition_levels, self.dose_key)
+            check_plain_levels(self._condition_levels, self.dose_key)
         self.module = self._module_cls(
             n_input=self.summary_stats.n_vars,
             condition_targets=self._condition_targets(given_label=invariance == "conditional"),
@@ -276,19 +285,19 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
             combination_separator = None  # saved before combinations were known
         setup_method_args = cls._get_setup_method_args(**locals())
         del setup_method_args["setup_args"]["source_registry"]
-        condition_keys = _as_list(condition_key)
-        columns = _columns(setup_method_args["setup_args"]) | {"condition_key": condition_keys}
-        _check_columns_of(adata, columns)
+        condition_keys = condition_keys_of(condition_key)
+        columns = columns_named(setup_method_args["setup_args"]) | {"condition_key": condition_keys}
+        check_columns_of(adata, columns)
         check_finite(adata, layer)
-        _check_overlap(columns)
+        check_overlap(columns)
         if source_registry is None:
             check_conditions(adata, condition_keys)
             for key in condition_keys:
-                Levels(key, _names(adata, key), combination_separator)
+                Levels(key, level_names_of(adata, key), combination_separator)
             check_doses(adata, dose_key)
             if condition_embedding is not None:
                 setup_args = setup_method_args["setup_args"]
-                setup_args["condition_embedding"] = _described(
+                setup_args["condition_embedding"] = described_levels(
                     adata, condition_keys[0], condition_embedding
                 )
         _check_if_view(adata, copy_if_view=True)
@@ -473,7 +482,7 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
             registry = cls.load_registry(dir_path, prefix)
             genes = registry["field_registries"]["X"]["state_registry"]["column_names"]
             adata = match_genes(adata, genes)
-            _check_known_levels(adata, registry)
+            check_known_levels(adata, registry)
         try:
             model = super().load(dir_path, adata, accelerator, device, prefix)
         except RuntimeError as error:
@@ -520,8 +529,8 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
     def _check_new_cells(self, adata: AnnData) -> AnnData:
         check_names(adata)
         adata = match_genes(adata, self.adata.var_names)
-        _check_columns_of(adata, _columns(self._setup_args))
-        _check_known_levels(adata, self.registry, self._levels)
+        check_columns_of(adata, columns_named(self._setup_args))
+        check_known_levels(adata, self.registry, self._levels)
         check = check_finite if self.module.gene_likelihood == "normal" else check_counts
         with warnings.catch_warnings():
             # genes without counts among a few new cells are no news
@@ -531,138 +540,3 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
 
     def __repr__(self) -> str:
         return f"{self._model_summary_string}; trained: {self.is_trained_}"
-
-
-def _as_list(condition_key: str | list[str]) -> list[str]:
-    keys = [condition_key] if isinstance(condition_key, str) else list(condition_key or [])
-    if not keys or len(set(keys)) < len(keys):
-        raise ValueError(
-            f"condition_key is {condition_key!r}; it must name a column of adata.obs, or several "
-            "that differ. Name the column that holds the treatment."
-        )
-    return keys
-
-
-def _names(adata: AnnData, key: str) -> list[str]:
-    return list(adata.obs[key].astype(str).unique())
-
-
-def _described(adata: AnnData, key: str, embedding: str) -> dict:
-    """Return the checked descriptions of the levels of a key."""
-    if embedding not in adata.uns:
-        raise KeyError(
-            f"condition_embedding: {embedding!r} is not in adata.uns; there are "
-            f"{sorted(map(str, adata.uns))}. Put a DataFrame of levels x features there."
-        )
-    return checked_table(adata.uns[embedding], embedding, _names(adata, key))
-
-
-def _columns(setup_args: dict) -> dict[str, str | list[str] | None]:
-    """Return the columns of ``adata.obs`` that set-up arguments name."""
-    return {name: columns for name, columns in setup_args.items() if "_key" in name}
-
-
-def _check_columns_of(adata: AnnData, columns: dict[str, str | list[str] | None]) -> None:
-    """Check that the columns are there, filled, and finite where they are continuous."""
-    check_names(adata)
-    check_columns(adata, **columns)
-    check_no_missing(adata, **columns)
-    continuous = ("size_factor_key", "continuous_covariate_keys", "dose_key")
-    check_finite_columns(adata, **{name: columns.get(name) for name in continuous})
-    _check_size_factor(adata, columns["size_factor_key"])
-
-
-def _check_overlap(columns: dict[str, str | list[str] | None]) -> None:
-    """Refuse a condition that the decoders would be told as batch or covariate."""
-    told = [columns["batch_key"], *(columns["categorical_covariate_keys"] or [])]
-    overlap = [key for key in columns["condition_key"] if key in told]
-    if overlap:
-        raise ValueError(
-            f"{overlap} are condition keys and batch or covariate keys at once; decoders that are "
-            "told the condition leave nothing for w. Name each column in one role."
-        )
-
-
-def _check_known_levels(
-    adata: AnnData, registry: dict, conditions: dict[str, np.ndarray] | None = None
-) -> None:
-    """Refuse levels of conditions, batches and covariates that the model was not trained with."""
-    fields = registry["field_registries"]
-    known = dict(conditions or fields[CONDITION_KEY]["state_registry"]["mappings"])
-    known |= fields[REGISTRY_KEYS.CAT_COVS_KEY]["state_registry"].get("mappings", {})
-    batch_key = registry["setup_args"]["batch_key"]
-    if batch_key is not None:
-        known[batch_key] = fields[REGISTRY_KEYS.BATCH_KEY]["state_registry"]["categorical_mapping"]
-    for key, mapping in known.items():
-        check_columns(adata, registered=key)
-        levels = [str(level) for level in mapping]
-        unknown = sorted(set(adata.obs[key].astype(str)) - set(levels))
-        if unknown:
-            raise ValueError(
-                f"Levels {unknown} of adata.obs[{key!r}] are not known to the model; known are "
-                f"{levels}. Remove these cells, train with them, or put one of the known levels "
-                "there to decode as if they were of it."
-            )
-
-
-def _check_plain_levels(keys: list[Levels], dose_key: str | None) -> None:
-    """Refuse parts, descriptions and doses under a prior that keeps one mean per level."""
-    if dose_key is not None or isinstance(keys[0], DescribedLevels):
-        raise ValueError(
-            "prior='class_mean' keeps one mean per level and reads neither doses nor descriptions. "
-            "Choose prior='learned', or set up the model without dose_key and condition_embedding."
-        )
-    for levels in keys:
-        if levels.combines:
-            raise ValueError(
-                f"Levels of {levels.key!r} are combinations, which prior='class_mean' cannot take "
-                "apart; it keeps one mean per level. Choose prior='learned', or switch "
-                "combinations off with combination_separator=None in setup_anndata."
-            )
-
-
-def _check_choices(
-    gene_likelihood: str,
-    dispersion: str,
-    prior: str,
-    adversary_input: str,
-    invariance: str,
-    decoder: str,
-) -> None:
-    accepted = {
-        "gene_likelihood": (gene_likelihood, ("nb", "zinb", "poisson", "normal")),
-        "dispersion": (dispersion, ("gene", "gene-batch")),
-        "prior": (prior, ("learned", "class_mean")),
-        "adversary_input": (adversary_input, ("both", "reconstruction", "z")),
-        "invariance": (invariance, ("marginal", "conditional")),
-        "decoder": (decoder, ("nonlinear", "linear")),
-    }
-    for name, (value, choices) in accepted.items():
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}; it must be one of {list(choices)}. Choose one.")
-
-
-def _check_ranges(sizes: dict[str, float], weights: dict[str, float], dropout: float) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1. Choose for example 10.")
-    for name, value in weights.items():
-        if not value >= 0:
-            raise ValueError(
-                f"{name} is {value}; weights are 0 or positive. Choose 0 to switch off."
-            )
-    if not 0 <= dropout < 1:
-        raise ValueError(
-            f"dropout_rate is {dropout}; it must lie in [0, 1). Choose for example 0.1."
-        )
-
-
-def _check_size_factor(adata: AnnData, size_factor_key: str | None) -> None:
-    if size_factor_key is None:
-        return
-    smallest = float(np.min(adata.obs[size_factor_key].to_numpy(dtype=float)))
-    if not smallest > 0:
-        raise ValueError(
-            f"size_factor_key: adata.obs[{size_factor_key!r}] goes down to {smallest:g}; size "
-            "factors are positive. Recompute them, or remove these cells."
-        )

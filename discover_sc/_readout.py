@@ -281,8 +281,9 @@ class ReadoutMixin:
         ``.layers["upper"]``: interval of what could be observed of the cell, on the scale of
         ``.X``: posterior, error between groups and sampling noise. ``.layers["counts"]``: counts
         that the cell would have had at its own library size, its own noise kept.
-        ``.varm["discover_mean"]``, ``..._lower``, ``..._upper``: profile of each group of source cells, log1p of mean counts
-        per 10,000, and its interval (NaN where no group was observed under both conditions).
+        ``.varm["discover_mean"]``, ``..._lower``, ``..._upper``: profile of each group of source
+        cells, log1p of mean counts per 10,000, and its interval (NaN where no group was observed
+        under both conditions).
         ``.obsm["X_discover_w"]``: the new w. ``.obs``: as the source, with the target condition;
         the one it came from, as ``"<condition_key>_source"``; and ``support``, in [0, 1]: how
         well the training data cover the cell under this target.

@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
 from sklearn.metrics import pairwise_distances_argmin
 
 from ._calibration import PROFILE_LIBRARY, OwnChange
 from ._counterfactual import MIN_GROUP_CELLS, cluster_groups
+from ._counts import SparseCells
 from ._encoding import posteriors
 from ._group_effects import GroupEffects
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from torch import Tensor
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from ._target import Target
 
 _MAX_GROUP_CELLS = 2000
+_BATCH_SIZE = 1024
 
 
 def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
@@ -108,16 +113,26 @@ def _encode(
 def _profiles(
     model: DISCoVeR, adata: AnnData, cells: np.ndarray, pair_of_cell: np.ndarray
 ) -> np.ndarray:
-    n_pairs = pair_of_cell.max() + 1
-    sums = torch.zeros(n_pairs, model.summary_stats.n_vars, dtype=torch.float64)
-    start = 0
-    for tensors in model._make_data_loader(adata, indices=cells):
+    """Return the profile of each pair of condition and group, ``(n_pairs, n_genes)``."""
+    n_cells = np.bincount(pair_of_cell)
+    sums, start = np.zeros((len(n_cells), adata.n_vars)), 0
+    for tensors in model._make_data_loader(
+        adata, indices=cells, batch_size=_BATCH_SIZE, load_sparse_tensor=True
+    ):
         x = tensors[REGISTRY_KEYS.X_KEY]
-        pair = torch.as_tensor(pair_of_cell[start : start + len(x)])
-        sums.index_add_(0, pair, normalized(model, x).double().cpu())
-        start += len(x)
-    means = sums / torch.as_tensor(np.bincount(pair_of_cell)).unsqueeze(1)
+        x = csr_matrix(_arrays(x.by_cell), x.shape) if isinstance(x, SparseCells) else x.numpy()
+        pair = pair_of_cell[start : start + x.shape[0]]
+        weight = np.ones(len(pair))
+        if model.module.gene_likelihood != "normal":
+            weight = PROFILE_LIBRARY / np.asarray(x.sum(axis=1)).ravel()
+        sums += csr_matrix((weight, (pair, np.arange(len(pair)))), (len(n_cells), len(pair))) @ x
+        start += len(pair)
+    means = torch.as_tensor(sums / n_cells[:, None])
     return profile_of(model, means).numpy().astype(np.float32)
+
+
+def _arrays(tensors: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
+    return tuple(tensor.numpy() for tensor in tensors)
 
 
 def normalized(model: DISCoVeR, x: Tensor) -> Tensor:
