@@ -118,7 +118,7 @@ def test_values_are_moved_by_adding_where_the_likelihood_is_normal(simulated):
     sc.pp.normalize_total(logged, target_sum=1e4)
     sc.pp.log1p(logged)
     model = train_small(
-        logged, {"labels_key": "cell_type"}, {"gene_likelihood": "normal"}, {"max_epochs": 30}
+        logged, {"labels_key": "cell_type"}, {"gene_likelihood": "normal"}, {"max_epochs": 120}
     )
     known = logged[(logged.obs["cell_type"] == "type_1").to_numpy()]
     control, treated = (
@@ -127,8 +127,9 @@ def test_values_are_moved_by_adding_where_the_likelihood_is_normal(simulated):
     predicted = model.predict_counterfactual(control.copy(), to="treat_1")
     true, base = (np.asarray(side.X.mean(0)).ravel() for side in (treated, control))
     assert r2_score(true - base, predicted.X.mean(0) - base) > 0.7
+    # the profile is that of posterior means, .X averages posterior draws
     np.testing.assert_allclose(
-        predicted.X.mean(0), predicted.varm["discover_mean"]["type_1"], atol=0.05
+        predicted.X.mean(0), predicted.varm["discover_mean"]["type_1"], atol=0.2
     )
 
 
