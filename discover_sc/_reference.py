@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ._target import Target
 
 _MAX_GROUP_CELLS = 2000
+_MAX_CLUSTERED = 5000
 _BATCH_SIZE = 1024
 
 
@@ -52,7 +53,8 @@ def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
     cells = np.sort(np.concatenate([model.train_indices, model.validation_indices]))
     centers = None
     if model.labels_key is None:
-        z = model.get_latent_representation(latent="z", indices=cells)
+        some = np.random.default_rng(0).permutation(cells)[:_MAX_CLUSTERED]
+        z = model.get_latent_representation(latent="z", indices=np.sort(some))
         centers = cluster_groups(z).cluster_centers_
     return {"cluster_centers": centers} | _encode(model, model.adata, cells, centers)
 
