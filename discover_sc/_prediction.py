@@ -82,8 +82,11 @@ def predict_counterfactual(
                 ]
                 draws = _Draws(n_samples, interval, library_size)
                 _predict_cells(model, batches, move, means, estimates, group_of_cell, draws, result)
-                for name, estimate in zip(names, estimates, strict=True):
-                    result.estimates[move.source_name, name] = estimate
+                for group, (name, estimate) in enumerate(zip(names, estimates, strict=True)):
+                    of_group = result.mean[cells[group_of_cell == group]]
+                    result.estimates[move.source_name, name] = replace(
+                        estimate, profile=_profile_of_cells(model, of_group)
+                    )
         if method == "auto":
             model.counterfactual_choice_ = result.choices
         warn_of_low_support(result.support)
@@ -313,6 +316,14 @@ def _estimate(
     if model.module.gene_likelihood == "normal":
         return estimate
     return replace(estimate, source=closed(estimate.source), profile=closed(estimate.profile))
+
+
+def _profile_of_cells(model: DISCoVeR, expression: np.ndarray) -> np.ndarray:
+    """Return the profile of predicted cells, ``(n_genes,)``: the one that `.X` has."""
+    mean = expression.mean(axis=0, dtype=np.float64)
+    if model.module.gene_likelihood != "normal":
+        mean *= PROFILE_LIBRARY / mean.sum()  # all cells have the same library
+    return profile_of(model, torch.as_tensor(mean)).numpy()
 
 
 @dataclass(frozen=True)

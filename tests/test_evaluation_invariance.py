@@ -6,7 +6,12 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from discover_sc.evaluation import chance_accuracy, condition_probes, probe_accuracy
+from discover_sc.evaluation import (
+    chance_accuracy,
+    composition_accuracy,
+    condition_probes,
+    probe_accuracy,
+)
 
 PROBES = ("logistic", "mlp", "nearest_neighbors")
 CLASSIFIERS = {
@@ -36,6 +41,14 @@ def means(accuracies):
 )
 def test_chance_is_one_over_the_number_of_classes_however_frequent_they_are(target, chance):
     assert chance_accuracy(target) == chance
+
+
+def test_composition_tells_the_classes_as_far_as_groups_differ_between_them():
+    target = ["a"] * 10 + ["b"] * 20
+    assert composition_accuracy(target, ["g", "h"] * 15) == 0.5  # composed alike
+    assert composition_accuracy(target, target) == 1.0
+    groups = ["g"] * 8 + ["h"] * 2 + ["g"] * 10 + ["h"] * 10
+    assert composition_accuracy(target, groups) == pytest.approx((0.8 + 0.5) / 2)
 
 
 @pytest.mark.parametrize("names", [("ctrl", "stim"), ("stim", "ctrl")], ids=["as is", "renamed"])

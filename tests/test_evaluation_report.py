@@ -39,13 +39,15 @@ def test_a_conditional_model_is_asked_for_the_condition_within_labels():
     adata = composed_cells()
     marginal, conditional = (report(LatentModel(i), adata) for i in ("marginal", "conditional"))
     left = marginal[marginal["question"] == "condition left in z"].set_index("metric")
-    assert (left["value"] > 0.75).all()  # by way of the type
+    assert (left["value"] > 0.75).all()  # by way of the type, which alone tells
+    np.testing.assert_allclose(left["from_labels"], left["value"], atol=0.03)
     within = conditional[conditional["question"] == "condition left in z, given cell_type"]
     assert (within["value"] - within["chance"]).abs().max() < 0.06
     assert set(within["chance"]) == {0.5}
     assert set(within["wanted"]) == {"chance"}
     rest = conditional["question"].isin(["condition found in w", "cell_type kept in z"])
     assert (conditional[rest]["value"] > 0.95).all()
+    assert conditional["from_labels"].isna().all()
 
 
 def test_accuracy_within_groups_is_the_average_weighted_by_cells():

@@ -17,6 +17,7 @@ from ._counterfactual import (
 )
 from ._invariance import (
     chance_accuracy,
+    composition_accuracy,
     condition_probes,
     probe_accuracy,
     probe_accuracy_within,
@@ -29,6 +30,7 @@ __all__ = [
     "additive_shift",
     "benchmark_counterfactual",
     "chance_accuracy",
+    "composition_accuracy",
     "change_pearson",
     "condition_probes",
     "counterfactual_methods",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -37,6 +38,39 @@ def chance_accuracy(target: ArrayLike) -> float:
     0.5
     """
     return 1.0 / len(np.unique(np.asarray(target)))
+
+
+def composition_accuracy(target: ArrayLike, groups: ArrayLike) -> float:
+    r"""Balanced accuracy of the best rule that knows nothing of a cell but its group.
+
+    .. math:: \frac{1}{C} \sum_g \max_c p(g \mid c)
+
+    over :math:`C` classes: the chance level where all classes are composed alike, and more where
+    a group is rarer in one class. A latent that tells the groups apart tells as much of the class,
+    so no method can bring it to chance and keep the groups.
+
+    Parameters
+    ----------
+    target
+        Class of each cell, for example its condition, shape ``(n_cells,)``.
+    groups
+        Group of each cell, for example its type, shape ``(n_cells,)``.
+
+    Returns
+    -------
+    Balanced accuracy on these same cells, in (0, 1].
+
+    Notes
+    -----
+    Groups of a few cells each raise it by chance alone.
+
+    Examples
+    --------
+    >>> composition_accuracy(["ctrl", "ctrl", "stim", "stim"], ["T", "B", "T", "T"])
+    0.75
+    """
+    shares = pd.crosstab(np.asarray(groups), np.asarray(target), normalize="columns")
+    return float(shares.max(axis=1).sum() / shares.shape[1])
 
 
 def probe_accuracy(

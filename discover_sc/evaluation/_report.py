@@ -8,7 +8,12 @@ import numpy as np
 import pandas as pd
 
 from ._conservation import kmeans_ari, kmeans_nmi
-from ._invariance import chance_accuracy, probe_accuracy, probe_accuracy_within
+from ._invariance import (
+    chance_accuracy,
+    composition_accuracy,
+    probe_accuracy,
+    probe_accuracy_within,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -50,7 +55,10 @@ def report(model: _LatentModel, adata: AnnData, *, labels_key: str | None = None
     Returns
     -------
     Columns ``question``, ``metric``, ``value`` (balanced accuracy, NMI or ARI), ``std`` (over
-    folds, NaN for clustering), ``chance`` and ``wanted`` (``"chance"`` or ``"high"``).
+    folds, NaN for clustering), ``chance``, ``wanted`` (``"chance"`` or ``"high"``) and
+    ``from_labels``: what the label alone tells of the condition (:func:`composition_accuracy`),
+    so that a z which keeps the label may tell as much; NaN where there are no labels or that is
+    not the question.
 
     Raises
     ------
@@ -87,9 +95,15 @@ def report(model: _LatentModel, adata: AnnData, *, labels_key: str | None = None
     rows = []
     for key in model.condition_keys:
         target = obs[key].to_numpy()
-        within = None if given is None else obs[given].to_numpy()
-        left = f"{key} left in z" if given is None else f"{key} left in z, given {given}"
-        rows += _probe_rows(left, z, target, "chance", within)
+        if given is None:
+            left = _probe_rows(f"{key} left in z", z, target, "chance")
+            if labels_key is not None:
+                told = composition_accuracy(target, obs[labels_key])
+                left = [row | {"from_labels": told} for row in left]
+            rows += left
+        else:
+            question = f"{key} left in z, given {given}"
+            rows += _probe_rows(question, z, target, "chance", obs[given].to_numpy())
         rows += _probe_rows(f"{key} found in w", w, target, "high")
     if labels_key is not None:
         labels = obs[labels_key]
@@ -131,6 +145,7 @@ def _probe_rows(
             "std": folds.std(ddof=1),
             "chance": chance,
             "wanted": wanted,
+            "from_labels": float("nan"),
         }
         for probe, folds in accuracies.items()
     ]
@@ -141,5 +156,6 @@ def _type_rows(labels_key: str, z: np.ndarray, labels: np.ndarray) -> list[dict]
     rows = _probe_rows(question, z, labels, "high")
     for metric, function in (("kmeans_nmi", kmeans_nmi), ("kmeans_ari", kmeans_ari)):
         row = {"question": question, "metric": metric, "value": function(z, labels)}
-        rows.append({**row, "std": float("nan"), "chance": 0.0, "wanted": "high"})
+        nan = float("nan")
+        rows.append(row | {"std": nan, "chance": 0.0, "wanted": "high", "from_labels": nan})
     return rows

@@ -43,6 +43,7 @@ def latent_row(model, adata, key="condition"):
     row[f"{key} from w"] = probes(w, condition)["logistic"]
     types = adata.obs["cell_type"].astype(str).to_numpy()
     if len(np.unique(types)) > 1:
+        row[f"{key} from type alone"] = evaluation.composition_accuracy(condition, types)
         row["type from z"] = probes(z, types)["logistic"]
         row["type NMI"] = evaluation.kmeans_nmi(z, types)
         row["condition NMI (blind)"] = evaluation.kmeans_nmi(z, condition)
