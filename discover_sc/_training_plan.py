@@ -20,6 +20,7 @@ from .evaluation import condition_probes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from scvi.dataloaders import DataSplitter
     from scvi.module.base import LossOutput
     from torch import Tensor
 
@@ -375,7 +376,7 @@ class InvarianceStopping(pl.Callback):
     Raises
     ------
     ValueError
-        When training starts without validation cells.
+        When training starts without validation cells, or with such of one condition only.
 
     Examples
     --------
@@ -405,6 +406,20 @@ class InvarianceStopping(pl.Callback):
                 "Stopping on invariance needs validation cells and there are none. "
                 "Choose train_size below 1, or train without early stopping."
             )
+        self._check_conditions(trainer.datamodule)
+
+    @staticmethod
+    def _check_conditions(data: DataSplitter) -> None:
+        codes = np.asarray(data.adata_manager.get_from_registry(CONDITION_KEY))
+        for key, column in enumerate(codes.T):
+            for name, cells in (("training", data.train_idx), ("validation", data.val_idx)):
+                if len(np.unique(column[cells])) < 2:
+                    raise ValueError(
+                        f"Stopping on invariance needs {name} cells of at least two levels of each "
+                        f"condition key; the {len(cells)} {name} cells hold one level of key "
+                        f"{key}. Choose another train_size or split, or train without early "
+                        "stopping."
+                    )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: DiscoverTrainingPlan) -> None:
         """Probe, log, and stop if nothing was found often enough."""

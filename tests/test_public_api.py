@@ -24,7 +24,7 @@ def test_names_of_evaluation():
         "additive_shift",
         "benchmark_counterfactual",
         "chance_accuracy",
-    "composition_accuracy",
+        "composition_accuracy",
         "change_pearson",
         "condition_probes",
         "counterfactual_methods",

@@ -162,6 +162,15 @@ def test_stopping_on_invariance_without_held_out_cells_is_refused(adata):
         train_small(adata, train={"early_stopping": True, "train_size": 1.0})
 
 
+def test_stopping_on_invariance_needs_two_conditions_among_the_held_out_cells(adata):
+    treated = (adata.obs["condition"] != adata.obs["condition"].iloc[0]).to_numpy()
+    split = [np.r_[np.flatnonzero(~treated)[:5], np.flatnonzero(treated)]]
+    split.append(np.flatnonzero(~treated)[5:])
+    options = {"early_stopping": True, "datasplitter_kwargs": {"external_indexing": split}}
+    with pytest.raises(ValueError, match="validation cells hold one level of key 0"):
+        train_small(adata, train=options)
+
+
 def test_training_on_all_cells_needs_no_validation(adata):
     model = train_small(adata, train={"train_size": 1.0})
     assert len(model.train_indices) == adata.n_obs
