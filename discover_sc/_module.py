@@ -350,21 +350,26 @@ class DiscoverVAE(BaseModuleClass):
         """Return what the adversary reads of each cell.
 
         The posterior mean of z, noise-free, because that is what users and probes read; and the
-        logarithm of the expression decoded from z, in multiples of the mean gene so that neither
-        depth nor the number of genes changes its scale. Covariates are permuted between cells
-        before that decoding: a batch that goes with a condition would tell it.
+        logarithm of the expression decoded from z, zero inflation included, in multiples of the
+        mean gene so that neither depth nor the number of genes changes its scale. Covariates are
+        permuted between cells before that decoding: a batch that goes with a condition would tell
+        it.
         """
         representations = {"z": inference_outputs[QZ_KEY].loc}
         if "reconstruction" in self.adversary.first:
             px_shared = generative_outputs[PX_SHARED_KEY]
             if self.has_covariates:
                 px_shared = self._decode_with_permuted_covariates(tensors, inference_outputs)
-            representations["reconstruction"] = (
-                px_shared.loc
-                if self.gene_likelihood == "normal"
-                else torch.log1p(self.n_input * px_shared.scale)
-            )
+            representations["reconstruction"] = self._as_read(px_shared)
         return {k: v for k, v in representations.items() if k in self.adversary.first}
+
+    def _as_read(self, px: torch.distributions.Distribution) -> Tensor:
+        if self.gene_likelihood == "normal":
+            return px.loc
+        scale = px.scale
+        if self.gene_likelihood == "zinb":  # the inflation must not be a way past the adversary
+            scale = scale * torch.sigmoid(-px.zi_logits)
+        return torch.log1p(self.n_input * scale)
 
     def _decode_with_permuted_covariates(
         self, tensors: dict[str, Tensor], inference_outputs: dict

@@ -102,6 +102,20 @@ def test_the_reconstruction_that_the_adversary_reads_is_free_of_depth():
     torch.testing.assert_close(read[0], read[1])
 
 
+def test_zero_inflation_is_part_of_what_the_adversary_reads():
+    """Otherwise the inflation tells what the rates must not."""
+    module = make_module(gene_likelihood="zinb", adversary_input="reconstruction").eval()
+    tensors = make_tensors()
+    inference, generative, _ = module(tensors)
+    px = generative["px_shared"]
+    read = module.adversary_representations(tensors, inference, generative)["reconstruction"]
+    expected = px.mean / inference["library"].exp()  # scvi-tools' mean, inflation included
+    torch.testing.assert_close(read, torch.log1p(N_GENES * expected))
+    generative["px_shared"].zi_logits = px.zi_logits + 1.0
+    other = module.adversary_representations(tensors, inference, generative)["reconstruction"]
+    assert (other < read).all()
+
+
 def test_the_adversary_cannot_read_the_batch_from_the_reconstruction():
     """A batch that goes with the condition must not tell it: covariates are permuted first."""
     module, tensors = make_module(n_batch=2, adversary_input="reconstruction"), make_tensors()
