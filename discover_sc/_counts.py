@@ -151,7 +151,9 @@ class SparseCells(NonZero):
         bias
             Shape ``(n_output,)``.
         """
-        return _SparseProduct.apply(weight, self) + bias
+        if torch.is_grad_enabled():
+            return _SparseProduct.apply(weight, self) + bias
+        return _weighted_sums(weight.t(), self.by_cell) + bias
 
 
 def _as_tensors(matrix: csr_matrix | csc_matrix) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,8 +179,7 @@ class _SparseProduct(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, weight: Tensor, x: SparseCells) -> Tensor:
-        if ctx.needs_input_grad[0]:
-            ctx.by_gene = x.by_gene
+        ctx.by_gene = x.by_gene
         return _weighted_sums(weight.t(), x.by_cell)
 
     @staticmethod
