@@ -61,20 +61,14 @@ class NonZero:
             return dense.reshape(-1).index_select(0, self.gene)
         return dense.reshape(-1).index_select(0, self.flat)
 
-    def put(self, dense: Tensor, values: Tensor | float) -> Tensor:
+    def put(self, dense: Tensor, values: Tensor) -> Tensor:
         """Overwrite these entries of a contiguous ``(n_cells, n_genes)`` tensor; return it."""
-        if isinstance(values, float):
-            values = dense.new_full((len(self.flat),), values)  # faster than a scalar
         dense.view(-1).scatter_(0, self.flat, values)
         return dense
 
     def sum_per_cell(self, values: Tensor) -> Tensor:
         """Return the sum of one value per entry over each cell, ``(n_cells,)``."""
         return values.new_zeros(self.shape[0]).scatter_add_(0, self.cell, values)
-
-    def sum_per_gene(self, values: Tensor) -> Tensor:
-        """Return the sum of one value per entry over each gene, ``(n_genes,)``."""
-        return values.new_zeros(self.shape[1]).scatter_add_(0, self.gene, values)
 
 
 class SparseCells(NonZero):
@@ -107,6 +101,10 @@ class SparseCells(NonZero):
         cells = torch.arange(len(self), device=self.values.device)
         per_cell = self.by_cell[2].diff()
         return torch.repeat_interleave(cells, per_cell, output_size=len(self.values))
+
+    def sum_per_cell(self, values: Tensor) -> Tensor:
+        """Return the sum of one value per entry over each cell, ``(n_cells,)``."""
+        return torch.segment_reduce(values, "sum", offsets=self.by_cell[2])
 
     @cached_property
     def by_gene(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +149,9 @@ class SparseCells(NonZero):
         bias
             Shape ``(n_output,)``.
         """
-        return _SparseProduct.apply(weight, self) + bias
+        if torch.is_grad_enabled():
+            return _SparseProduct.apply(weight, self) + bias
+        return _weighted_sums(weight.t(), self.by_cell) + bias
 
 
 def _as_tensors(matrix: csr_matrix | csc_matrix) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,8 +177,7 @@ class _SparseProduct(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, weight: Tensor, x: SparseCells) -> Tensor:
-        if ctx.needs_input_grad[0]:
-            ctx.by_gene = x.by_gene
+        ctx.by_gene = x.by_gene
         return _weighted_sums(weight.t(), x.by_cell)
 
     @staticmethod

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ._model import DISCoVeR
 
 _MAX_CELLS = 1000
-_N_STEPS = 14
+_N_STEPS = 12
 _RANGE = (-9.0, 9.0)  # of the logarithm: beyond, a count likelihood is Poisson or all zero
 
 

@@ -2,6 +2,7 @@
 
 CONDITION_KEY = "condition"
 DOSE_KEY = "dose"
+CONDITION_FEATURES_KEY = "condition_features"
 
 Z_KEY = "z"
 W_KEY = "w"

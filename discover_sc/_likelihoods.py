@@ -66,10 +66,11 @@ def reconstruction_losses(
     nonzero = NonZero.of(x)
     if isinstance(likelihoods[0], Poisson):
         return [_poisson_loss(px.rate, nonzero) for px in likelihoods]
-    counts = _Counts(nonzero, theta.detach())
+    counts, means = _Counts(nonzero, theta.detach()), [px.mu for px in likelihoods]
     if isinstance(likelihoods[0], ZeroInflatedNegativeBinomial):
-        return [_ZeroInflatedLoss.apply(px.mu, px.zi_logits, theta, counts) for px in likelihoods]
-    return [_NegativeBinomialLoss.apply(px.mu, theta, counts) for px in likelihoods]
+        zi_logits = [px.zi_logits for px in likelihoods]
+        return list(_ZeroInflatedLosses.apply(theta, counts, *means, *zi_logits))
+    return list(_NegativeBinomialLosses.apply(theta, counts, *means))
 
 
 def _poisson_loss(rate: Tensor, nonzero: NonZero) -> Tensor:
@@ -105,21 +106,23 @@ class _Counts:
         if len(theta) > 1 or nonzero.shape[0] == 1:  # too many thetas to tabulate
             self.constant, self.constant_slope = _count_terms(self.x, self.theta)
             return
-        values, slopes = _tabulate(_wide(theta[0]))  # (n_tabulated, n_genes)
-        position = self.x.clamp(max=_N_TABULATED - 1).long() * len(theta[0]) + nonzero.gene
-        self.constant = values.view(-1).index_select(0, position)
-        self.constant_slope = slopes.view(-1).index_select(0, position)
-        other = ((self.x >= _N_TABULATED) | (self.x != self.x.floor())).nonzero().squeeze(1)
-        values, slopes = _count_terms(self.x[other], self.theta[other])
-        self.constant.index_copy_(0, other, values)
-        self.constant_slope.index_copy_(0, other, slopes)
+        row = nonzero.values.clamp(max=_N_TABULATED - 1).long()
+        position = row * len(theta[0]) + nonzero.gene
+        self.constant, self.constant_slope = (
+            _wide(table.view(-1).index_select(0, position)) for table in _tabulate(theta[0])
+        )
+        other = (nonzero.values != row).nonzero().squeeze(1)  # large, or no integer
+        terms = _count_terms(self.x.index_select(0, other), self.theta.index_select(0, other))
+        self.constant.index_copy_(0, other, terms[0])
+        self.constant_slope.index_copy_(0, other, terms[1])
 
 
 def _count_terms(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Return lgamma(x + 1) - [lgamma(x + theta) - lgamma(theta) - x log(theta)] and its slope."""
-    rising = torch.lgamma(x + theta) - torch.lgamma(theta)
+    total = x + theta
+    rising = torch.lgamma(total) - torch.lgamma(theta)
     constant = torch.lgamma(x + 1) - rising + x * torch.log(theta + _EPS)
-    slope = torch.digamma(theta) - torch.digamma(x + theta) + x / (theta + _EPS)
+    slope = torch.digamma(theta) - torch.digamma(total) + x / (theta + _EPS)
     return constant, slope
 
 
@@ -131,40 +134,46 @@ def _tabulate(theta: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(F.pad(s.cumsum(0), (0, 0, 1, 0)) for s in (log_steps, slope_steps))
 
 
-# In both losses u is set to 0 at the counts: there the dense terms and their slopes vanish, and the
-# whole of an entry is put in from the terms in double precision.
+# In the losses the dense terms are those of a zero; at the counts, the whole of an entry is put in
+# their place from the terms in double precision.
 
 
-class _NegativeBinomialLoss(Function):
-    """Negative log-likelihood summed over genes; see :func:`reconstruction_losses`."""
+class _NegativeBinomialLosses(Function):
+    """Negative log-likelihoods summed over genes; see :func:`reconstruction_losses`."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, mu: Tensor, theta: Tensor, counts: _Counts) -> Tensor:
-        mean = _Mean(mu, counts)
-        u = counts.nonzero.put(mu / (theta + _EPS), 0.0)
-        log_1u = torch.log1p(u)
-        ctx.mean = mean
-        ctx.save_for_backward(u, log_1u, theta)
-        dense = log_1u @ theta[0] if len(theta) == 1 else (log_1u * theta).sum(-1)
-        return dense + counts.nonzero.sum_per_cell(mean.loss()).to(mu.dtype)
+    def forward(
+        ctx: FunctionCtx, theta: Tensor, counts: _Counts, *means: Tensor
+    ) -> tuple[Tensor, ...]:
+        entries = _Entries(means, counts)
+        dense = [_log_1u(mu, theta) for mu in means]
+        ctx.entries, ctx.dense = entries, dense
+        ctx.save_for_backward(theta)
+        losses = (torch.mul(log_1u, theta) for _, log_1u in dense)
+        return tuple(
+            counts.nonzero.put(loss, own).sum(-1)
+            for loss, own in zip(losses, entries.loss().to(theta.dtype), strict=True)
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        u, log_1u, theta = ctx.saved_tensors
-        slope = torch.div(theta / (theta + _EPS), u + 1)  # of theta log(1 + u), by mu
-        theta_grad = None
-        if ctx.needs_input_grad[1]:
-            theta_grad = ctx.mean.theta_gradient(grad, len(theta))
-            if len(theta) == 1:
-                theta_grad += grad @ log_1u - grad @ (u * slope)
-            else:
-                theta_grad += grad.unsqueeze(1) * (log_1u - u * slope)
-        ctx.mean.nonzero.put(slope, ctx.mean.slope().to(slope.dtype))
-        return slope.mul_(grad.unsqueeze(1)), theta_grad, None
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (theta,) = ctx.saved_tensors
+        nonzero = ctx.entries.nonzero
+        slopes, theta_slopes = (s.to(theta.dtype) for s in ctx.entries.slopes())
+        mean_grads, theta_grad = [], None
+        for k, (grad, (u, log_1u)) in enumerate(zip(grads, ctx.dense, strict=True)):
+            slope = _slope(u, theta)
+            if ctx.needs_input_grad[0]:
+                theta_slope = torch.addcmul(log_1u, u, slope, value=-1)
+                nonzero.put(theta_slope, theta_slopes[k])
+                theta_grad = _add_weighted(theta_grad, grad, theta_slope, len(theta))
+            nonzero.put(slope, slopes[k])
+            mean_grads.append(slope.mul_(grad.unsqueeze(1)))
+        return theta_grad, None, *mean_grads
 
 
-class _ZeroInflatedLoss(Function):
+class _ZeroInflatedLosses(Function):
     r"""The same under zero inflation: a zero comes from either source, a count only from the NB.
 
     .. math:: -\log p(0) = \mathrm{softplus}(-l) - \mathrm{softplus}(-l - \theta \log(1 + u))
@@ -174,66 +183,86 @@ class _ZeroInflatedLoss(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, mu: Tensor, zi_logits: Tensor, theta: Tensor, counts: _Counts
-    ) -> Tensor:
-        mean = _Mean(mu, counts)
-        u = counts.nonzero.put(mu / (theta + _EPS), 0.0)
-        log_1u = torch.log1p(u)
-        both = torch.mul(log_1u, theta).add_(zi_logits).neg_()
-        ctx.mean = mean
-        ctx.save_for_backward(u, log_1u, both, zi_logits, theta)
-        dense = F.softplus(-zi_logits).sub_(F.softplus(both)).sum(-1)
-        entries = mean.loss() + F.softplus(_wide(counts.nonzero.pick(zi_logits)))
-        return dense + counts.nonzero.sum_per_cell(entries).to(mu.dtype)
+        ctx: FunctionCtx, theta: Tensor, counts: _Counts, *means_and_logits: Tensor
+    ) -> tuple[Tensor, ...]:
+        n = len(means_and_logits) // 2
+        means, zi_logits = means_and_logits[:n], means_and_logits[n:]
+        entries = _Entries(means, counts)
+        counted = torch.stack([counts.nonzero.pick(logits) for logits in zi_logits])
+        own_losses = (entries.loss() + F.softplus(_wide(counted))).to(theta.dtype)
+        losses, dense = [], []
+        for mu, logits, own in zip(means, zi_logits, own_losses, strict=True):
+            u, log_1u = _log_1u(mu, theta)
+            both = torch.mul(log_1u, theta).add_(logits).neg_()
+            loss = F.softplus(-logits).sub_(F.softplus(both))
+            losses.append(counts.nonzero.put(loss, own).sum(-1))
+            dense.append((u, log_1u, both))
+        ctx.entries, ctx.dense = entries, dense
+        ctx.save_for_backward(theta, *zi_logits)
+        return tuple(losses)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        u, log_1u, both, zi_logits, theta = ctx.saved_tensors
-        nonzero, per_cell = ctx.mean.nonzero, grad.unsqueeze(1)
-        counted = torch.sigmoid(both)  # probability that a zero comes from the NB
-        slope = torch.div(theta / (theta + _EPS), u + 1)
-        theta_grad = logits_grad = None
-        if ctx.needs_input_grad[2]:
-            theta_grad = ctx.mean.theta_gradient(grad, len(theta))
-            dense = (log_1u - u * slope).mul_(counted)
-            theta_grad += grad @ dense if len(theta) == 1 else dense.mul_(per_cell)
-        if ctx.needs_input_grad[1]:
-            logits_grad = counted - torch.sigmoid(-zi_logits)
-            nonzero.put(logits_grad, torch.sigmoid(nonzero.pick(zi_logits)))
-            logits_grad.mul_(per_cell)
-        nonzero.put(slope.mul_(counted), ctx.mean.slope().to(slope.dtype))
-        return slope.mul_(per_cell), logits_grad, theta_grad, None
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        theta, *zi_logits = ctx.saved_tensors
+        nonzero = ctx.entries.nonzero
+        slopes, theta_slopes = (s.to(theta.dtype) for s in ctx.entries.slopes())
+        mean_grads, logits_grads, theta_grad = [], [], None
+        for k, (grad, logits) in enumerate(zip(grads, zi_logits, strict=True)):
+            u, log_1u, both = ctx.dense[k]
+            per_cell = grad.unsqueeze(1)
+            counted = torch.sigmoid(both)  # probability that a zero comes from the NB
+            slope = _slope(u, theta)
+            if ctx.needs_input_grad[0]:
+                theta_slope = torch.addcmul(log_1u, u, slope, value=-1).mul_(counted)
+                nonzero.put(theta_slope, theta_slopes[k])
+                theta_grad = _add_weighted(theta_grad, grad, theta_slope, len(theta))
+            logits_slope = counted - torch.sigmoid(-logits)
+            nonzero.put(logits_slope, torch.sigmoid(nonzero.pick(logits)))
+            logits_grads.append(logits_slope.mul_(per_cell))
+            nonzero.put(slope.mul_(counted), slopes[k])
+            mean_grads.append(slope.mul_(per_cell))
+        return theta_grad, None, *mean_grads, *logits_grads
 
 
-class _Mean:
-    """What the counts' entries of the loss owe to mu, in double precision, ``(n_entries,)``."""
+def _log_1u(mu: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return u and log(1 + u), ``(n_cells, n_genes)``."""
+    u = mu / (theta + _EPS)
+    return u, torch.log1p(u)
 
-    def __init__(self, mu: Tensor, counts: _Counts) -> None:
+
+def _slope(u: Tensor, theta: Tensor) -> Tensor:
+    """Return the derivative of theta log(1 + u) by mu, ``(n_cells, n_genes)``."""
+    total = u + 1
+    return torch.div(theta / (theta + _EPS), total, out=total)
+
+
+def _add_weighted(total: Tensor | None, grad: Tensor, slope: Tensor, n_thetas: int) -> Tensor:
+    """Add to the gradient of theta the slopes of a loss, weighted by the cells' gradients."""
+    own = (grad @ slope).unsqueeze(0) if n_thetas == 1 else slope.mul_(grad.unsqueeze(1))
+    return own if total is None else total.add_(own)
+
+
+class _Entries:
+    """What the counts' entries of the losses owe to mu, in double precision.
+
+    All of shape ``(n_likelihoods, n_entries)``.
+    """
+
+    def __init__(self, means: Sequence[Tensor], counts: _Counts) -> None:
         self.counts, self.nonzero = counts, counts.nonzero
-        self.mu = _wide(counts.nonzero.pick(mu))
-        self.ratio = self.mu / (counts.theta + _EPS)  # u
-        self.log_1u = torch.log1p(self.ratio)
-        self.total = counts.x + counts.theta
+        self.mu = _wide(torch.stack([counts.nonzero.pick(mu) for mu in means]))
+        self.u = self.mu / (counts.theta + _EPS)
+        self.log_1u = torch.log1p(self.u)
+        self.total = counts.x + counts.theta  # (n_entries,)
 
     def loss(self) -> Tensor:
         """Return the negative log-likelihood of each count."""
         log_mu = torch.log(self.mu + _EPS)
         return self.counts.constant + self.total * self.log_1u - self.counts.x * log_mu
 
-    def _weight(self) -> Tensor:
-        return self.total / ((self.counts.theta + _EPS) * (1 + self.ratio))
-
-    def slope(self) -> Tensor:
-        """Return the derivative of each count's loss by its mu."""
-        return self._weight() - self.counts.x / (self.mu + _EPS)
-
-    def theta_gradient(self, grad: Tensor, n_thetas: int) -> Tensor:
-        """Return the counts' part of the gradient to theta, ``(n_thetas, n_genes)``."""
-        slope = self.counts.constant_slope + self.log_1u - self._weight() * self.ratio
-        slope = slope.mul_(grad.index_select(0, self.nonzero.cell)).to(grad.dtype)
-        if n_thetas == 1:
-            return self.nonzero.sum_per_gene(slope).unsqueeze(0)
-        return self.nonzero.put(grad.new_zeros(self.nonzero.shape), slope)
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of each count's loss by mu and by theta."""
+        weight = self.total / (self.mu + (self.counts.theta + _EPS))
+        slope = weight - self.counts.x / (self.mu + _EPS)
+        return slope, self.counts.constant_slope + self.log_1u - weight * self.u

@@ -14,6 +14,7 @@ from torch import nn
 from ._conditions import Conditions
 from ._counts import SparseCells
 from ._keys import (
+    CONDITION_FEATURES_KEY,
     CONDITION_KEY,
     DOSE_KEY,
     LIBRARY_KEY,
@@ -188,7 +189,7 @@ class DiscoverVAE(BaseModuleClass):
         condition_features: Tensor,
         size_factor: Tensor | None = None,
     ) -> dict[str, Tensor | torch.distributions.Normal]:
-        """Return the posteriors of z and w, one draw of each, and the log library size.
+        """Return the posteriors of z and w, a draw of each, the log library, the features.
 
         Parameters
         ----------
@@ -209,6 +210,7 @@ class DiscoverVAE(BaseModuleClass):
             Z_KEY: qz.rsample(),
             W_KEY: qw.rsample(),
             LIBRARY_KEY: torch.log(total * self.library_scale),
+            CONDITION_FEATURES_KEY: condition_features,
         }
 
     def _transform(self, x: Tensor | SparseCells) -> Tensor | SparseCells:
@@ -244,7 +246,7 @@ class DiscoverVAE(BaseModuleClass):
             "z": inference_outputs[Z_KEY],
             "w": inference_outputs[W_KEY],
             "library": inference_outputs[LIBRARY_KEY],
-            "condition_features": self.condition_features(tensors),
+            "condition_features": inference_outputs[CONDITION_FEATURES_KEY],
             "batch_index": batch_index,
             "categories": categories,
             "continuous": continuous,
@@ -324,8 +326,9 @@ class DiscoverVAE(BaseModuleClass):
         kl_z = kl_to_standard_normal(inference_outputs[QZ_KEY])
         kl_w = kl_to_unit_normal(inference_outputs[QW_KEY], generative_outputs[PW_KEY])
         if self.training:
-            qz = inference_outputs[QZ_KEY]
-            self.prior.update(qz.loc.detach(), self.condition_features(tensors))
+            self.prior.update(
+                inference_outputs[QZ_KEY].loc.detach(), inference_outputs[CONDITION_FEATURES_KEY]
+            )
         loss = (
             self.reconstruction_weight * reconstruction
             + self.shared_reconstruction_weight * shared

@@ -14,7 +14,6 @@ from sklearn.metrics import pairwise_distances_argmin
 from ._calibration import PROFILE_LIBRARY, OwnChange
 from ._counterfactual import MIN_GROUP_CELLS, cluster_groups
 from ._counts import SparseCells
-from ._encoding import posteriors
 from ._group_effects import GroupEffects
 
 if TYPE_CHECKING:
@@ -51,12 +50,14 @@ def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
     ``profile_n_cells`` and ``profiles`` (:func:`profile_of`).
     """
     cells = np.sort(np.concatenate([model.train_indices, model.validation_indices]))
-    centers = None
-    if model.labels_key is None:
-        some = np.random.default_rng(0).permutation(cells)[:_MAX_CLUSTERED]
-        z = model.get_latent_representation(latent="z", indices=np.sort(some))
-        centers = cluster_groups(z).cluster_centers_
-    return {"cluster_centers": centers} | _encode(model, model.adata, cells, centers)
+    if model.labels_key is not None:
+        groups = _labels(model, model.adata)[cells]
+        return {"cluster_centers": None} | _encode(model, model.adata, cells, groups)
+    z = model.get_latent_representation(indices=cells)
+    some = np.random.default_rng(0).permutation(len(cells))[:_MAX_CLUSTERED]
+    centers = cluster_groups(z[np.sort(some)]).cluster_centers_
+    known = _encode(model, model.adata, cells, _nearest(z, centers), z)
+    return {"cluster_centers": centers} | known
 
 
 def grow_reference(model: DISCoVeR, adata: AnnData) -> None:
@@ -70,7 +71,7 @@ def grow_reference(model: DISCoVeR, adata: AnnData) -> None:
         Registered cells; their conditions are new, so that no profile of the reference changes.
     """
     reference = model.reference_
-    joining = _encode(model, adata, np.arange(adata.n_obs), reference["cluster_centers"])
+    joining = _encode(model, adata, np.arange(adata.n_obs), groups_of(model, adata))
     model.reference_ = reference | {
         name: np.concatenate([reference[name], new])
         for name, new in joining.items()
@@ -79,14 +80,14 @@ def grow_reference(model: DISCoVeR, adata: AnnData) -> None:
 
 
 def _encode(
-    model: DISCoVeR, adata: AnnData, cells: np.ndarray, centers: np.ndarray | None
+    model: DISCoVeR,
+    adata: AnnData,
+    cells: np.ndarray,
+    groups: np.ndarray,
+    z: np.ndarray | None = None,
 ) -> dict[str, np.ndarray | None]:
-    """Return what the reference holds of some cells."""
+    """Return what the reference holds of some cells, given their groups and, if known, their z."""
     codes, doses = model._condition_codes(adata)[cells], model._doses_of(adata)
-    if centers is None:
-        groups = adata.obs[model.labels_key].astype(str).to_numpy(dtype=str)[cells]
-    else:
-        groups = _nearest(model.get_latent_representation(adata, indices=cells), centers)
     keys = pd.DataFrame(codes).assign(group=groups)
     if doses is not None:
         keys["dose"] = doses[cells]
@@ -94,13 +95,10 @@ def _encode(
     cells, keys = cells[kept], keys.iloc[kept]
     grouped = keys.groupby(list(keys), sort=True)
     pair_of_cell, pairs = grouped.ngroup().to_numpy(), grouped.size().reset_index(name="n_cells")
-    latents = [
-        [p.loc.cpu().numpy() for p in both] for _, both in posteriors(model, adata, cells, "zw")
-    ]
-    z, w = (np.concatenate(parts) for parts in zip(*latents, strict=True))
+    z = model.get_latent_representation(adata, indices=cells) if z is None else z[kept]
     return {
         "z": z,
-        "w": w,
+        "w": model.get_latent_representation(adata, latent="w", indices=cells),
         "condition_codes": codes[kept],
         "doses": None if doses is None else doses[cells],
         "groups": groups[kept],
@@ -153,8 +151,12 @@ def groups_of(model: DISCoVeR, source: AnnData) -> np.ndarray:
     """Return the group of each source cell: its label, or the nearest cluster of z."""
     centers = model.reference_["cluster_centers"]
     if centers is None:
-        return source.obs[model.labels_key].astype(str).to_numpy(dtype=str)
+        return _labels(model, source)
     return _nearest(model.get_latent_representation(source), centers)
+
+
+def _labels(model: DISCoVeR, adata: AnnData) -> np.ndarray:
+    return adata.obs[model.labels_key].astype(str).to_numpy(dtype=str)
 
 
 def _nearest(z: np.ndarray, centers: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/throughput.py [--likelihood zinb] [--batch-size 1024] [--threads 2]
     python tests/benchmarks/throughput.py --profile      where the time of a step goes
-    python tests/benchmarks/throughput.py --scaling      cost against cells, genes, conditions, ...
+    python tests/benchmarks/throughput.py --memory       peak memory for --n-cells cells
     python tests/benchmarks/throughput.py --inference    latents of --n-cells cells
 
 Both models: same likelihood, genes, layers, minibatches, threads; the default training
@@ -12,6 +12,7 @@ wall time; "CPU" is the process's time on all threads, which other processes dis
 
 import argparse
 import logging
+import tempfile
 import time
 
 import anndata as ad
@@ -20,6 +21,7 @@ import pandas as pd
 import scipy.sparse as sp
 import scvi
 import torch
+from measuring import in_own_process, peak_megabytes
 from scvi import REGISTRY_KEYS
 
 from discover_sc import DISCoVeR
@@ -231,44 +233,57 @@ def _matrix_products(module, options):
     return run
 
 
-# ------------------------------------------------------------------------------- scaling
+# -------------------------------------------------------------------------------- memory
 
 
-def scaling(options):
-    """Time an epoch of DISCoVeR and the same of SCVI while one size changes."""
-    base = {"n_cells": 10_000, "n_genes": 2_000, "n_conditions": 2, "density": 0.08}
-    sweeps = {
-        "n_cells": [1_000, 10_000, 100_000, 1_000_000],
-        "n_genes": [500, 2_000, 5_000, 10_000],
-        "n_conditions": [2, 10, 50, 100],
-        "density": [0.02, 0.08, 0.3],
-        "batch_size": [64, 128, 512, 1_024, 4_096],
-    }
-    rows = {}
-    for name, values in sweeps.items():
-        for value in values:
-            if name == "n_cells" and value > options.max_cells:
-                continue
-            sizes = base | ({name: value} if name in base else {})
-            batch_size = value if name == "batch_size" else options.batch_size
-            adata = counts(**sizes)
-            models = [f(adata, options.likelihood) for f in (build_scvi, build_own)]
-            table = compare(
-                *(lambda m=m, b=batch_size: epoch(m, b) for m in models), options.repetitions
-            )
-            per_cell = 1e6 * table.loc["median", ["SCVI, s", "DISCoVeR, s"]] / sizes["n_cells"]
-            rows[name, value] = {
-                "SCVI, us per cell": per_cell.iloc[0],
-                "DISCoVeR, us per cell": per_cell.iloc[1],
-                **table.loc["median", ["ratio", "CPU ratio"]],
-            }
-            print((name, value), rows[name, value], flush=True)
-    return pd.DataFrame.from_dict(rows, orient="index")
+def memory(options):
+    """Return peak memory beyond the data, and beyond the output of a counterfactual, in MB."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/counts.h5ad"
+        in_own_process(_write_counts, path, options)
+        return pd.Series(
+            {f.__name__.lstrip("_"): in_own_process(f, path, options) for f in (_train, _predict)}
+        )
+
+
+def _write_counts(path, options):
+    counts(options.n_cells, options.n_genes).write_h5ad(path)
+
+
+def _read_and_build(path, options):
+    torch.set_num_threads(options.threads)
+    adata = ad.read_h5ad(path)
+    DISCoVeR.setup_anndata(adata, condition_key="condition")
+    return adata, DISCoVeR(adata, gene_likelihood=options.likelihood)
+
+
+def _train(path, options):
+    _, model = _read_and_build(path, options)
+    peak = []
+    with peak_megabytes(peak):
+        model.train(max_epochs=1, train_size=1.0, batch_size=options.batch_size, **QUIET)
+    return peak[0]
+
+
+def _predict(path, options):
+    """Every cell under the other condition, those that are under it already among them."""
+    adata, model = _read_and_build(path, options)
+    model.train(max_epochs=1, train_size=min(1.0, 5_000 / adata.n_obs), **QUIET)
+    peak = []
+    with peak_megabytes(peak):
+        predicted = model.predict_counterfactual(adata, to="c1", n_samples=options.n_samples)
+    dense = [predicted.X, *predicted.layers.values()]
+    return peak[0] - sum(_megabytes(array) for array in dense)
+
+
+def _megabytes(array):
+    parts = (array.data, array.indices, array.indptr) if sp.issparse(array) else (array,)
+    return sum(part.nbytes for part in parts) / 2**20
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for part in ("profile", "scaling", "inference"):
+    for part in ("profile", "inference", "memory"):
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--likelihood", choices=["nb", "zinb", "poisson"], default="nb")
     parser.add_argument("--n-cells", type=int, default=20_000)
@@ -276,11 +291,11 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--max-cells", type=int, default=100_000, help="largest size of --scaling")
+    parser.add_argument("--n-samples", type=int, default=25, help="draws per cell, --memory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in ("lightning", "lightning.pytorch", "scvi"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    chosen = [f for f in (profile, scaling, inference) if getattr(arguments, f.__name__)]
+    chosen = [f for f in (profile, inference, memory) if getattr(arguments, f.__name__)]
     for function in chosen or [throughput]:
         print(function(arguments).round(3).to_string(), flush=True)

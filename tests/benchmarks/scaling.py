@@ -1,0 +1,148 @@
+"""What a step costs as cells, genes, conditions, density and minibatch grow, and a model of it.
+
+    python tests/benchmarks/scaling.py [--threads 1] [--max-cells 1000000]
+
+Each size is trained in a process of its own for four epochs; the cheapest of the last three gives
+the CPU milliseconds per step, so that what else runs on the machine counts least. Peak memory is
+what training adds to the AnnData and the model. Then a cost model is fitted to the sizes, checked
+on sizes that it did not see, and drawn out.
+"""
+
+import argparse
+import logging
+import time
+
+import lightning.pytorch as pl
+import numpy as np
+import pandas as pd
+import scvi
+import torch
+from measuring import in_own_process, peak_megabytes
+from scipy.optimize import nnls
+from throughput import QUIET, build_own, counts
+
+BASE = {"n_cells": 10_000, "n_genes": 2_000, "n_conditions": 2, "density": 0.08, "batch": 128}
+SWEEPS = {
+    "n_genes": [500, 1_000, 5_000, 10_000],
+    "n_conditions": [10, 50, 100],
+    "density": [0.02, 0.3],
+    "batch": [64, 512, 1_024, 4_096],
+}
+CELLS = [10_000, 100_000, 1_000_000]  # with 500 genes, so that the largest fits into memory
+UNSEEN = [
+    {"n_genes": 3_000, "batch": 256, "density": 0.05, "n_conditions": 20},
+    {"n_genes": 7_000, "batch": 1_024, "density": 0.1, "n_conditions": 5, "n_cells": 20_000},
+]
+FAR = {
+    "n_cells": 100_000_000,
+    "n_genes": 20_000,
+    "n_conditions": 1_000,
+    "density": 0.1,
+    "batch": 4_096,
+}
+
+
+class EpochTimes(pl.Callback):
+    """CPU seconds of each epoch."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self._start = time.process_time()
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.seconds.append(time.process_time() - self._start)
+
+
+def measure(size, n_threads, n_epochs=4):
+    """Return CPU milliseconds per step and peak megabytes of training."""
+    torch.set_num_threads(n_threads)
+    for name in ("lightning", "lightning.pytorch", "scvi"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    scvi.settings.seed = 0
+    names = ("n_cells", "n_genes", "density", "n_conditions")
+    model = build_own(counts(*(size[name] for name in names)), "nb")
+    times, peak = EpochTimes(), []
+    with peak_megabytes(peak):
+        model.train(
+            max_epochs=n_epochs,
+            train_size=1.0,
+            batch_size=size["batch"],
+            callbacks=[times],
+            **QUIET,
+        )
+    n_steps = -(-size["n_cells"] // size["batch"])
+    return {"ms per step": 1e3 * min(times.seconds[-3:]) / n_steps, "peak, MB": peak[0]}
+
+
+def sizes(max_cells):
+    """Return the base, one change of it per size, and the numbers of cells."""
+    yield BASE
+    for name, values in SWEEPS.items():
+        for value in values:
+            size = BASE | {name: value}
+            yield size | {"n_cells": max(BASE["n_cells"], 4 * size["batch"])}
+    for n_cells in CELLS:
+        if n_cells <= max_cells:
+            yield BASE | {"n_genes": 500, "n_cells": n_cells}
+
+
+def terms_of_time(s):
+    """Return what a step's time is made of: fixed, per cell, per gene, and their products."""
+    cells, genes = s["batch"], s["n_genes"]
+    return {
+        "step": 1.0,
+        "cell": cells,
+        "gene": genes,
+        "cell x gene": cells * genes,
+        "non-zero entry": cells * genes * s["density"],
+        "cell x condition": cells * s["n_conditions"],
+    }
+
+
+def terms_of_memory(s):
+    """Return what peak memory is made of, the data aside."""
+    return {
+        "fixed": 1.0,
+        "gene": s["n_genes"],
+        "cell x gene": s["batch"] * s["n_genes"],
+        "cell": s["n_cells"],
+    }
+
+
+def fit(table, terms, column):
+    """Return non-negative coefficients that minimise the relative errors."""
+    rows = pd.DataFrame([terms(s) for s in table.to_dict("records")])
+    values = table[column].to_numpy()
+    coefficients, _ = nnls((rows / values[:, None]).to_numpy(), np.ones(len(values)))
+    return pd.Series(coefficients, rows.columns)
+
+
+def predict(coefficients, terms, size):
+    return float(coefficients @ pd.Series(terms(size)))
+
+
+def main(options):
+    rows = []
+    for size in [*sizes(options.max_cells), *(BASE | unseen for unseen in UNSEEN)]:
+        n_epochs = 4 if size["n_cells"] < 100_000 else 1
+        rows.append(size | in_own_process(measure, size, options.threads, n_epochs))
+        rows[-1]["us per cell"] = 1e3 * rows[-1]["ms per step"] / size["batch"]
+        print(rows[-1], flush=True)
+    table = pd.DataFrame(rows)
+    seen = table.iloc[: -len(UNSEEN)]
+    for terms, column in ((terms_of_time, "ms per step"), (terms_of_memory, "peak, MB")):
+        coefficients = fit(seen, terms, column)
+        table[f"model, {column}"] = [
+            predict(coefficients, terms, s) for s in table.to_dict("records")
+        ]
+        print(coefficients.to_string(), "\nfar:", predict(coefficients, terms, FAR), column, "\n")
+    print(table.round(3).to_string())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max-cells", type=int, default=1_000_000)
+    main(parser.parse_args())
