@@ -5,7 +5,7 @@ import pytest
 from fitting import train_small
 
 from discover_sc import DISCoVeR
-from discover_sc._target import _between_doses
+from discover_sc._target import _between_doses, _measured_doses
 from discover_sc.data import simulate
 
 # targets that no group was seen under
@@ -66,20 +66,13 @@ def test_at_a_measured_dose_a_shift_is_that_doses_and_between_two_it_is_between(
 
 
 def test_doses_are_interpolated_in_log_dose_and_in_dose_below_the_lowest():
-    doses = np.repeat([0.0, 1.0, 10.0, 100.0], [5, 5, 5, 2])  # 100 has too few cells
-
-    def between(dose):
-        found = _between_doses(doses, doses > 0, doses == 0, dose)
-        return [(set(doses[cells]), weight) for cells, weight in found]
-
-    assert between(0.0) == [({0.0}, 1.0)]
-    assert between(0.25) == [({0.0}, 0.75), ({1.0}, 0.25)]
-    assert between(1.0) == [({1.0}, 1.0)]
-    assert between(500.0) == [({10.0}, 1.0)]
-    [(low, share), (high, rest)] = between(10**0.75)
-    assert (low, high) == ({1.0}, {10.0})
-    np.testing.assert_allclose([share, rest], [0.25, 0.75])
-    assert _between_doses(doses, doses == 100.0, doses == 0, 50.0) is None
+    measured = _measured_doses(np.repeat([0.0, 1.0, 10.0, 100.0], [5, 5, 5, 2]))
+    np.testing.assert_array_equal(measured, [1.0, 10.0])  # 100 has too few cells
+    assert _between_doses(measured, 0.0) == {0.0: 1.0}
+    assert _between_doses(measured, 0.25) == {0.0: 0.75, 1.0: 0.25}
+    assert _between_doses(measured, 1.0) == {1.0: 1.0}
+    assert _between_doses(measured, 500.0) == {10.0: 1.0}
+    assert _between_doses(measured, 10**0.75) == pytest.approx({1.0: 0.25, 10.0: 0.75})
 
 
 def test_the_prediction_says_its_dose_and_the_sources(model):
