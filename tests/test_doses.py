@@ -180,3 +180,33 @@ def test_doses_that_cannot_be_learned_are_refused(doses, message):
     adata.obs["dose"] = doses(adata.obs["dose"])
     with pytest.raises(ValueError, match=message):
         DISCoVeR.setup_anndata(adata, condition_key="condition", dose_key="dose")
+
+
+@pytest.mark.parametrize(("doses", "known"), [((0.1, 1.0, 10.0), True), ((0.1, 10.0), False)])
+def test_a_measured_dose_between_two_others_tells_the_error(doses, known):
+    model = train_small(dosed(doses), {"dose_key": "dose", "labels_key": "cell_type"})
+    predicted = model.predict_counterfactual(controls(model), to="treat_1", dose=3.0, n_samples=2)
+    assert predicted.varm["discover_mean"].notna().all(axis=None)
+    assert predicted.varm["discover_mean_lower"].notna().all(axis=None) == known
+
+
+def test_a_dose_between_follows_the_observed_profiles_on_either_side(model):
+    source = controls(model)
+    auto, decoded = (
+        model.predict_counterfactual(
+            source, to="treat_1", dose=10**0.5, method=method, n_samples=2
+        ).varm["discover_mean"]
+        for method in ("auto", "shift")
+    )
+    reference = model.reference_
+    code = model.conditions["condition"].index("treat_1")
+    for group in auto:
+        rows = [
+            (reference["profile_codes"][:, 0] == code)
+            & (reference["profile_doses"] == dose)
+            & (reference["profile_groups"] == group)
+            for dose in (1.0, 10.0)
+        ]
+        between = np.mean([reference["profiles"][row][0] for row in rows], axis=0)
+        errors = [np.abs(varm[group] - between).mean() for varm in (auto, decoded)]
+        assert errors[0] < 0.8 * errors[1]

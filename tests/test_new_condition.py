@@ -109,6 +109,15 @@ def test_what_the_decoder_misses_is_what_stands_out_of_the_noise(model, cells):
     assert errors[0] < errors[1]
 
 
+def test_known_treatments_tell_the_error_of_a_new_one(model, cells):
+    model.add_condition(of(cells, "treat_3", 100))
+    predicted = model.predict_counterfactual(of(cells, "ctrl"), to="treat_3", n_samples=2)
+    assert predicted.varm["discover_mean_lower"].notna().all(axis=None)
+    choice = model.counterfactual_choice_["ctrl"]
+    assert choice["n_left_out"] > 0
+    assert 0 < choice["mean_weight_of_observed_changes"] < 1
+
+
 def test_cells_of_no_known_group_warn(cells):
     known = cells[(cells.obs["condition"] != "treat_3").to_numpy()].copy()
     model = train_small(known, {"labels_key": "cell_type"})
