@@ -11,7 +11,10 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ._borrowed_effects import BorrowedEffects
     from ._group_effects import GroupEffects
+    from ._left_out import LeftOut
+    from ._parts import PartChanges
 
 PROFILE_LIBRARY = 1e4  # counts per cell on whose log1p group profiles are compared
 _HALF_TRUST = 50  # cells of a group at which what they show counts half
@@ -56,7 +59,8 @@ class GroupEstimate:
     error: np.ndarray
 
 
-def _trust(n_cells: int) -> float:
+def trust(n_cells: int | np.ndarray) -> float | np.ndarray:
+    """Return how far what some cells of a group show is trusted, in [0, 1)."""
     return n_cells / (n_cells + _HALF_TRUST)
 
 
@@ -66,45 +70,74 @@ def anchored(means: GroupMeans) -> tuple[np.ndarray, np.ndarray]:
     A decoder smooths, and misses part of what is particular to a group. The part is seen on the
     source cells, never on treated ones, and shrunk by their number.
     """
-    missed = _trust(means.n_cells) * (means.observed - means.decoded)
+    missed = trust(means.n_cells) * (means.observed - means.decoded)
     return means.decoded + missed, means.predicted + missed
 
 
 def combine(
     means: GroupMeans,
-    effects: GroupEffects | None,
+    effects: GroupEffects | BorrowedEffects | None = None,
     missed: np.ndarray | float = 0.0,
     own: OwnChange | None = None,
-    *,
-    calibrate: bool,
+    parts: PartChanges | None = None,
 ) -> GroupEstimate:
-    """Weigh the model's estimate and the observed changes of like groups, gene by gene.
+    """Weigh the model's estimate and the observed changes, gene by gene.
 
     Parameters
     ----------
     means
         Profiles of the source cells.
     effects
-        Changes observed in other groups; None where no group was observed on both sides: then
-        the estimate is the model's and its error is not known (NaN).
+        Changes observed in other groups, or borrowed from other treatments; None where there are
+        none.
     missed
         Change that the decoder is known to miss of the target condition, ``(n_genes,)``.
     own
         Change that was observed of this very group, if it was: trusted by the number of its cells.
-    calibrate
-        Otherwise the profile is the decoded one as it is.
+    parts
+        Changes under the parts of a target that was not measured.
+
+    Returns
+    -------
+    The estimate; its error is not known (NaN) where no truth was left out to measure it.
     """
-    base, profile = means.decoded, means.predicted
-    if calibrate:
-        base, profile = anchored(means)
-        profile = profile + missed
-        if effects is not None:
-            profile = profile + effects.weight_beside() * (base + effects.change(base) - profile)
-        if own is not None:
-            profile = profile + _trust(own.n_cells) * (base + own.change - profile)
-    if effects is None:
+    base, profile = anchored(means)
+    profile = profile + missed
+    if parts is not None:
+        # the parts are put together in w, before decoding, or as changes of the profile
+        base, profile = base + parts.before, profile + parts.before
+        together, apart = profile + parts.missed, base + parts.change
+        return _with_error(base, (together + apart) / 2, parts.left_out, (together - apart) / 2)
+    if effects is not None:
+        profile = profile + effects.weight_beside() * (base + effects.change(base) - profile)
+    if own is not None:
+        profile = profile + trust(own.n_cells) * (base + own.change - profile)
+    return _with_error(base, profile, effects)
+
+
+def uncalibrated(means: GroupMeans, left_out: LeftOut | None) -> GroupEstimate:
+    """Return the decoded profiles as they are.
+
+    Parameters
+    ----------
+    means
+        Profiles of the source cells.
+    left_out
+        What the error is known by; None: it is not known (NaN).
+    """
+    return _with_error(means.decoded, means.predicted, left_out)
+
+
+def _with_error(
+    base: np.ndarray,
+    profile: np.ndarray,
+    left_out: LeftOut | None,
+    disagreement: np.ndarray | float = 0.0,
+) -> GroupEstimate:
+    if left_out is None:
         return GroupEstimate(base, profile, np.full_like(profile, np.nan))
-    return GroupEstimate(base, profile, np.sqrt(effects.error_variance(profile, profile - base)))
+    variance = left_out.error_variance(profile, profile - base) + disagreement**2
+    return GroupEstimate(base, profile, np.sqrt(variance))
 
 
 def closed(profile: np.ndarray) -> np.ndarray:

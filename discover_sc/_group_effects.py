@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import euclidean_distances
-from sklearn.neighbors import NearestNeighbors
+
+from ._left_out import LeftOut
 
 _POWERS = (0, 1, 2, 4)
 _DEFAULT_POWER = 2  # where too few groups are left to choose by leaving one out
 _FLOOR = 0.01  # of the mean squared distance between groups: a group meets itself at distance 0
-_N_ALIKE = 300  # left-out genes whose errors tell the error of a gene like them
 
 
-class GroupEffects:
+class GroupEffects(LeftOut):
     r"""Observed changes of several groups, weighted by how alike groups are before treatment.
 
     .. math::
@@ -53,8 +53,7 @@ class GroupEffects:
                     np.mean([r2_score(d, p) for d, p in zip(self._changes, left_out, strict=True)])
                 )
         self.power = max(self.scores, key=self.scores.get) if self.scores else _DEFAULT_POWER
-        self._left_out = self._leave_one_out(self.power)
-        self.errors = self._changes - self._left_out
+        super().__init__(control, self._leave_one_out(self.power), self._changes)
 
     def _leave_one_out(self, power: int) -> np.ndarray:
         """Return the change of each group as predicted from the others; 0 if it is alone."""
@@ -82,34 +81,11 @@ class GroupEffects:
         )[0]
         return weights / weights.sum() @ self._changes
 
-    def weight_beside(self) -> np.ndarray:
-        """Weight of the predicted change beside a second estimate, in (0, 1), ``(n_genes,)``.
-
-        Inverse variances: that of this estimate is its squared error over left-out groups, of
-        each gene; that of the second one is taken to be half of this one's mean over genes, and
-        the same for all genes. So genes that answer differently from group to group are left to
-        the second estimate.
-        """
-        variance = (self.errors**2).mean(axis=0)
-        second = variance.mean() / 2
-        return second / (second + variance) if second > 0 else np.ones_like(variance)
-
-    def error_variance(self, profile: np.ndarray, change: np.ndarray) -> np.ndarray:
-        """Return the expected squared error of predicted genes, ``(n_genes,)``.
-
-        A few left-out groups tell little of a single gene, so its own mean squared error is
-        averaged with that of the 300 left-out predictions nearest in level and in absolute change;
-        both count like as many groups as there are. It holds the sampling noise of an observed
-        profile, since the errors were measured against observed profiles.
-
-        Parameters
-        ----------
-        profile, change
-            Predicted profile after treatment and its change, ``(n_genes,)`` each.
-        """
-        levels = self._control + self._left_out
-        features = np.column_stack([levels.ravel(), np.abs(self._left_out).ravel()])
-        index = NearestNeighbors(n_neighbors=min(_N_ALIKE, len(features))).fit(features)
-        alike = index.kneighbors(np.column_stack([profile, np.abs(change)]), return_distance=False)
-        of_alike = (self.errors.ravel()[alike] ** 2).mean(axis=1)
-        return ((self.errors**2).mean(axis=0) + of_alike) / 2
+    def summary(self) -> dict[str, object]:
+        """Return what was chosen and the cross-validated scores it was chosen by."""
+        return {
+            "n_groups": len(self.errors),
+            "power": self.power,
+            "lfc_r2_by_power": dict(self.scores),
+            "mean_weight_of_observed_changes": float(self.weight_beside().mean()),
+        }

@@ -19,22 +19,20 @@ from ._calibration import (
     GroupEstimate,
     GroupMeans,
     LogCalibration,
-    OwnChange,
     ShiftCalibration,
     closed,
     combine,
+    uncalibrated,
 )
 from ._counterfactual import COMPARING, Reference, Way, choose_way
 from ._expression import expression_of
 from ._keys import LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
+from ._observed_changes import observed_changes
+from ._parts import Part, composition_of, part_changes
 from ._priors import LearnedPrior
-from ._reference import (
-    groups_of,
-    normalized,
-    observed_changes,
-    profile_of,
-)
+from ._reference import group_profiles, groups_of, normalized, profile_of
 from ._sampling import carry_over, sample
+from ._shrinkage import dispersion_of
 from ._support import Support, warn_of_low_support
 
 if TYPE_CHECKING:
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ._group_effects import GroupEffects
     from ._model import DISCoVeR
     from ._target import Target
 
@@ -68,25 +65,19 @@ def predict_counterfactual(
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             for codes, dose, cells in _cells_by_source(model, source):
-                move = _fit_move(model, method, codes, dose, target)
-                result.ways[move.source_name] = move.description
-                result.choices[move.source_name] = _choice(move)
                 batches = SourceBatches(model, source, cells, batch_size)
-                names, group_of_cell = np.unique(groups[cells], return_inverse=True)
-                means = _group_means(model, batches, move.way, group_of_cell, len(names))
-                missed = sum(target.missed_changes(model, codes))
-                calibrate = method == "auto"
-                estimates = [
-                    _estimate(model, m, move, missed, move.own.get(name), calibrate=calibrate)
-                    for name, m in zip(names, means, strict=True)
-                ]
+                grouped = GroupedSource(batches, *np.unique(groups[cells], return_inverse=True))
+                move = fit_move(model, method, codes, dose, target)
+                means = grouped.means(move.way)
+                estimates, choice = _estimates(model, grouped, move, means)
+                name = _source_name(model, codes, dose)
+                result.ways[name], result.choices[name] = move.description, choice
                 draws = _Draws(n_samples, interval, library_size)
-                _predict_cells(model, batches, move, means, estimates, group_of_cell, draws, result)
-                for group, (name, estimate) in enumerate(zip(names, estimates, strict=True)):
-                    of_group = result.mean[cells[group_of_cell == group]]
-                    result.estimates[move.source_name, name] = replace(
-                        estimate, profile=_profile_of_cells(model, of_group)
-                    )
+                profiles = _predict_cells(model, grouped, move, means, estimates, draws, result)
+                for group, estimate, profile in zip(
+                    grouped.names, estimates, profiles, strict=True
+                ):
+                    result.estimates[name, group] = replace(estimate, profile=profile)
         if method == "auto":
             model.counterfactual_choice_ = result.choices
         warn_of_low_support(result.support)
@@ -153,25 +144,52 @@ def _level_names(model: DISCoVeR, codes: np.ndarray) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Move:
-    """From one source condition to the target: how, and from what was learned of both."""
+class Move:
+    """From cells under one condition to the target: how, and from what.
 
-    source_name: str
+    Parameters
+    ----------
+    method
+        As asked for.
+    target
+        Levels asked for.
+    codes, dose
+        Condition codes, ``(n_condition_keys,)``, and dose of the source cells.
+    way
+        What replaces w, fitted.
+    description
+        What it consists of.
+    support
+        Of source cells.
+    parts
+        Measured parts of the target and their weights; None if it was measured itself, or not
+        all of its parts were.
+    """
+
+    method: str
+    target: Target
+    codes: np.ndarray
+    dose: float | None
     way: Way
     description: str
-    effects: GroupEffects | None
-    own: dict[str, OwnChange]
     support: Support
+    parts: tuple[list[Target], list[float] | None] | None
 
 
-def _fit_move(
+def fit_move(
     model: DISCoVeR,
     method: str,
     source_codes: np.ndarray,
     source_dose: float | None,
     target: Target,
-) -> _Move:
-    """Fit what replaces w on the reference cells."""
+) -> Move:
+    """Fit what replaces w on the reference cells.
+
+    Raises
+    ------
+    ValueError
+        If a way compares cells of which one side is missing.
+    """
     trained = model.reference_
     reference = Reference(
         z=trained["z"],
@@ -194,28 +212,80 @@ def _fit_move(
         )
     features = target.features(model, source_codes, source_dose)
     way, description = choose_way(method, model.module, *features, pieces, compares)
-    effects, own = observed_changes(trained, target, source_codes, source_dose)
-    return _Move(
-        source_name=_source_name(model, source_codes, source_dose),
+    parts = None
+    if pieces is not None and pieces.cells is not None and compares:
+        parts = target.split(trained["condition_codes"], trained["doses"])
+        parts = None if parts[0] == [target] else parts
+    return Move(
+        method=method,
+        target=target,
+        codes=source_codes,
+        dose=source_dose,
         way=way.fit(reference),
         description=description,
-        effects=effects,
-        own=own,
         support=Support(reference, None if pieces is None else pieces.cells),
+        parts=parts,
     )
 
 
-def _choice(move: _Move) -> dict[str, object]:
-    """Return what was chosen, and the cross-validated scores it was chosen by, as plain values."""
+# ------------------------------------------------------------------------- estimate
+
+
+def _estimates(
+    model: DISCoVeR, grouped: GroupedSource, move: Move, means: list[GroupMeans]
+) -> tuple[list[GroupEstimate], dict[str, object]]:
+    """Return the estimated profile of each group, and what it was made from, as plain values."""
+    changes = observed_changes(model, move.target, move.codes, move.dose, grouped.names)
     choice = {"ways": move.description, "n_groups": 0}
-    if move.effects is not None:
-        choice |= {
-            "n_groups": len(move.effects.errors),
-            "power": move.effects.power,
-            "lfc_r2_by_power": dict(move.effects.scores),
-            "mean_weight_of_observed_changes": float(move.effects.weight_beside().mean()),
-        }
-    return choice
+    if changes[0].effects is not None:
+        choice |= changes[0].effects.summary()
+    if move.method != "auto":
+        estimates = [uncalibrated(m, c.effects) for m, c in zip(means, changes, strict=True)]
+    elif move.parts is not None and model.module.gene_likelihood != "normal":
+        composition = composition_of(
+            model.reference_, move.target, move.parts[1], move.codes, move.dose
+        )
+        choice["overlap"] = composition.overlap
+        parts = part_changes(
+            composition,
+            _unmoved(model, move, means),
+            [_part(model, grouped, move, part) for part in move.parts[0]],
+            grouped.names,
+            dispersion_of(model),
+        )
+        estimates = [combine(m, parts=p) for m, p in zip(means, parts, strict=True)]
+    else:
+        missed = sum(move.target.missed_changes(model, move.codes))
+        estimates = [
+            combine(m, c.effects, missed, c.own) for m, c in zip(means, changes, strict=True)
+        ]
+    if model.module.gene_likelihood != "normal":
+        estimates = [
+            replace(e, source=closed(e.source), profile=closed(e.profile)) for e in estimates
+        ]
+    return estimates, choice
+
+
+def _unmoved(model: DISCoVeR, move: Move, means: list[GroupMeans]) -> Part:
+    """Return what is known of the source condition itself."""
+    reference = model.reference_
+    is_source = move.target.is_source(
+        reference["profile_codes"], reference["profile_doses"], move.codes, move.dose
+    )
+    stay = [replace(m, predicted=m.decoded) for m in means]
+    return Part(group_profiles(reference, is_source), stay, 0.0)
+
+
+def _part(model: DISCoVeR, grouped: GroupedSource, move: Move, target: Target) -> Part:
+    """Return what is known of a part of the target."""
+    reference = model.reference_
+    is_met = target.is_met(reference["profile_codes"], reference["profile_doses"])
+    way = fit_move(model, move.method, move.codes, move.dose, target).way
+    return Part(
+        group_profiles(reference, is_met),
+        grouped.means(way),
+        sum(target.missed_changes(model, move.codes)),
+    )
 
 
 # --------------------------------------------------------------------------- decode
@@ -283,47 +353,41 @@ def move_w(way: Way, z: Tensor, w: Tensor) -> Tensor:
     return torch.as_tensor(moved, dtype=w.dtype, device=w.device)
 
 
-def _group_means(
-    model: DISCoVeR, batches: SourceBatches, way: Way, group_of_cell: np.ndarray, n_groups: int
-) -> list[GroupMeans]:
-    """Return the profiles of each group of source cells, at the posterior means."""
-    sums = torch.zeros(3, n_groups, model.summary_stats.n_vars, dtype=torch.float64)
-    for rows, tensors, outputs in batches:
-        z, w, library = outputs[QZ_KEY].loc, outputs[QW_KEY].loc, outputs[LIBRARY_KEY]
-        group = torch.as_tensor(group_of_cell[rows])
-        decoded = (
-            expression_of(model.module.decode(z, latent, library, tensors), PROFILE_LIBRARY)
-            for latent in (w, move_w(way, z, w))
-        )
-        observed = normalized(model, tensors[REGISTRY_KEYS.X_KEY].to(model.device))
-        for kind, values in enumerate((observed, *decoded)):
-            sums[kind].index_add_(0, group, values.double().cpu())
-    n_cells = np.bincount(group_of_cell, minlength=n_groups)
-    profiles = profile_of(model, sums / torch.as_tensor(n_cells).unsqueeze(1)).numpy()
-    return [GroupMeans(*profiles[:, g], n_cells[g]) for g in range(n_groups)]
+@dataclass(frozen=True)
+class GroupedSource:
+    """Minibatches of source cells under one condition, and their groups.
 
+    Parameters
+    ----------
+    batches
+        Minibatches.
+    names
+        Names of the groups.
+    group_of_cell
+        Position of each cell's group, ``(n_cells,)``.
+    """
 
-def _estimate(
-    model: DISCoVeR,
-    means: GroupMeans,
-    move: _Move,
-    missed: np.ndarray | float,
-    own: OwnChange | None,
-    *,
-    calibrate: bool,
-) -> GroupEstimate:
-    estimate = combine(means, move.effects, missed, own, calibrate=calibrate)
-    if model.module.gene_likelihood == "normal":
-        return estimate
-    return replace(estimate, source=closed(estimate.source), profile=closed(estimate.profile))
+    batches: SourceBatches
+    names: np.ndarray
+    group_of_cell: np.ndarray
 
-
-def _profile_of_cells(model: DISCoVeR, expression: np.ndarray) -> np.ndarray:
-    """Return the profile of predicted cells, ``(n_genes,)``: the one that `.X` has."""
-    mean = expression.mean(axis=0, dtype=np.float64)
-    if model.module.gene_likelihood != "normal":
-        mean *= PROFILE_LIBRARY / mean.sum()  # all cells have the same library
-    return profile_of(model, torch.as_tensor(mean)).numpy()
+    def means(self, way: Way) -> list[GroupMeans]:
+        """Return the profiles of each group, at the posterior means, w moved by a way."""
+        model, n_groups = self.batches.model, len(self.names)
+        sums = torch.zeros(3, n_groups, model.summary_stats.n_vars, dtype=torch.float64)
+        for rows, tensors, outputs in self.batches:
+            z, w, library = outputs[QZ_KEY].loc, outputs[QW_KEY].loc, outputs[LIBRARY_KEY]
+            group = torch.as_tensor(self.group_of_cell[rows])
+            decoded = (
+                expression_of(model.module.decode(z, latent, library, tensors), PROFILE_LIBRARY)
+                for latent in (w, move_w(way, z, w))
+            )
+            observed = normalized(model, tensors[REGISTRY_KEYS.X_KEY].to(model.device))
+            for kind, values in enumerate((observed, *decoded)):
+                sums[kind].index_add_(0, group, values.double().cpu())
+        n_cells = np.bincount(self.group_of_cell, minlength=n_groups)
+        profiles = profile_of(model, sums / torch.as_tensor(n_cells).unsqueeze(1)).numpy()
+        return [GroupMeans(*profiles[:, g], n_cells[g]) for g in range(n_groups)]
 
 
 @dataclass(frozen=True)
@@ -343,20 +407,20 @@ class _Draws:
 
 def _predict_cells(
     model: DISCoVeR,
-    batches: SourceBatches,
-    move: _Move,
+    grouped: GroupedSource,
+    move: Move,
     means: list[GroupMeans],
     estimates: list[GroupEstimate],
-    group_of_cell: np.ndarray,
     draws: _Draws,
     result: _Result,
-) -> None:
-    """Fill the rows of some cells, all under one source condition.
+) -> np.ndarray:
+    """Fill the rows of some cells, all under one source condition; return each group's profile.
 
     The expectation is calibrated to the estimate of the group. Each draw of what could be observed
     adds an error of the group, which its cells share, and the noise of the likelihood.
     """
     device, is_normal = model.device, model.module.gene_likelihood == "normal"
+    batches = grouped.batches
     calibration_class = ShiftCalibration if is_normal else LogCalibration
     decoded, base, predicted, wanted, errors = (
         torch.as_tensor(np.stack(rows), dtype=torch.float32, device=device)
@@ -373,9 +437,10 @@ def _predict_cells(
     noise = torch.randn(draws.n_samples, *errors.shape, device=device) * errors.nan_to_num()
     disturbed = [calibration_class(predicted, wanted + error) for error in noise]
     tails = torch.tensor(draws.tails(), device=device)
+    sums = torch.zeros(wanted.shape, dtype=torch.float64)
     for positions, tensors, outputs in batches:
         rows = batches.cells[positions]
-        group = torch.as_tensor(group_of_cell[positions], device=device)
+        group = torch.as_tensor(grouped.group_of_cell[positions], device=device)
         qz, qw, library = outputs[QZ_KEY], outputs[QW_KEY], outputs[LIBRARY_KEY]
         total, observed = 0.0, []
         for disturb in disturbed:
@@ -391,6 +456,7 @@ def _predict_cells(
         if not is_normal:
             mean = mean * (draws.library_size / mean.sum(-1, keepdim=True))
         result.mean[rows] = mean.cpu().numpy()
+        sums.index_add_(0, group.cpu(), mean.double().cpu())
         result.w[rows] = move_w(move.way, qz.loc, qw.loc).cpu().numpy()
         result.support[rows] = move.support(qz.loc.cpu().numpy(), qw.loc.cpu().numpy())
         # of the last draw of the latents, with the noise of the cell itself
@@ -400,6 +466,9 @@ def _predict_cells(
             px, x, calibrate_source(own, group), calibrate(expression, group), library
         )
         result.counts.append((rows, sp.csr_matrix(counts.cpu().numpy())))
+    if is_normal:
+        return (sums / torch.tensor([[m.n_cells] for m in means])).numpy()
+    return profile_of(model, sums * (PROFILE_LIBRARY / sums.sum(-1, keepdim=True))).numpy()
 
 
 # --------------------------------------------------------------------------- output
@@ -459,8 +528,10 @@ def _group_intervals(
     profiles = {"discover_mean": {}, "discover_mean_lower": {}, "discover_mean_upper": {}}
     for (source, group), estimate in estimates.items():
         name = f"{group} from {source}" if several else group
-        for key, sign in zip(profiles, (0, -1, 1), strict=True):
-            profiles[key][name] = estimate.profile + sign * half_width * estimate.error
+        margin = half_width * estimate.error  # NaN where the error is not known
+        bounds = (estimate.profile, estimate.profile - margin, estimate.profile + margin)
+        for key, values in zip(profiles, bounds, strict=True):
+            profiles[key][name] = values
     return profiles
 
 

@@ -11,10 +11,9 @@ from scipy.sparse import csr_matrix
 from scvi import REGISTRY_KEYS
 from sklearn.metrics import pairwise_distances_argmin
 
-from ._calibration import PROFILE_LIBRARY, OwnChange
+from ._calibration import PROFILE_LIBRARY
 from ._counterfactual import MIN_GROUP_CELLS, cluster_groups
 from ._counts import SparseCells
-from ._group_effects import GroupEffects
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._model import DISCoVeR
-    from ._target import Target
 
 _MAX_GROUP_CELLS = 2000
 _MAX_CLUSTERED = 5000
@@ -47,7 +45,8 @@ def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
     Per cell ``z``, ``w``, ``condition_codes``, ``doses`` (None if there are none) and ``groups``;
     ``cluster_centers`` of z, or None where there are labels; per combination of conditions, dose
     and group that occurs ``profile_codes``, ``profile_doses``, ``profile_groups``,
-    ``profile_n_cells`` and ``profiles`` (:func:`profile_of`).
+    ``profile_n_cells``, ``profile_inverse_library`` (mean over the cells of one over the library
+    size) and ``profiles`` (:func:`profile_of`).
     """
     cells = np.sort(np.concatenate([model.train_indices, model.validation_indices]))
     if model.labels_key is not None:
@@ -96,6 +95,7 @@ def _encode(
     grouped = keys.groupby(list(keys), sort=True)
     pair_of_cell, pairs = grouped.ngroup().to_numpy(), grouped.size().reset_index(name="n_cells")
     z = model.get_latent_representation(adata, indices=cells) if z is None else z[kept]
+    profiles, inverse_library = _profiles(model, adata, cells, pair_of_cell)
     return {
         "z": z,
         "w": model.get_latent_representation(adata, latent="w", indices=cells),
@@ -106,16 +106,17 @@ def _encode(
         "profile_doses": None if doses is None else pairs["dose"].to_numpy(),
         "profile_groups": pairs["group"].to_numpy(dtype=str),
         "profile_n_cells": pairs["n_cells"].to_numpy(),
-        "profiles": _profiles(model, adata, cells, pair_of_cell),
+        "profiles": profiles,
+        "profile_inverse_library": inverse_library,
     }
 
 
 def _profiles(
     model: DISCoVeR, adata: AnnData, cells: np.ndarray, pair_of_cell: np.ndarray
-) -> np.ndarray:
-    """Return the profile of each pair of condition and group, ``(n_pairs, n_genes)``."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return profile, ``(n_pairs, n_genes)``, and mean inverse library of each pair's cells."""
     n_cells = np.bincount(pair_of_cell)
-    sums, start = np.zeros((len(n_cells), adata.n_vars)), 0
+    sums, inverse, start = np.zeros((len(n_cells), adata.n_vars)), np.zeros(len(n_cells)), 0
     for tensors in model._make_data_loader(
         adata, indices=cells, batch_size=_BATCH_SIZE, load_sparse_tensor=True
     ):
@@ -125,10 +126,11 @@ def _profiles(
         weight = np.ones(len(pair))
         if model.module.gene_likelihood != "normal":
             weight = PROFILE_LIBRARY / np.asarray(x.sum(axis=1)).ravel()
+        inverse += np.bincount(pair, weight / PROFILE_LIBRARY, len(n_cells))
         sums += csr_matrix((weight, (pair, np.arange(len(pair)))), (len(n_cells), len(pair))) @ x
         start += len(pair)
     means = torch.as_tensor(sums / n_cells[:, None])
-    return profile_of(model, means).numpy().astype(np.float32)
+    return profile_of(model, means).numpy().astype(np.float32), inverse / n_cells
 
 
 def _arrays(tensors: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
@@ -163,60 +165,34 @@ def _nearest(z: np.ndarray, centers: np.ndarray) -> np.ndarray:
     return np.array([f"cluster_{k}" for k in pairwise_distances_argmin(z, centers)])
 
 
-def observed_changes(
-    reference: dict, target: Target, source_codes: np.ndarray, source_dose: float | None
-) -> tuple[GroupEffects | None, dict[str, OwnChange]]:
-    """Return what the changes of groups seen on both sides tell of others, and each of them.
+class GroupProfile(NamedTuple):
+    """Profile of the reference cells of a group under some condition."""
+
+    profile: np.ndarray
+    n_cells: int
+    inverse_library: float
+
+
+def group_profiles(reference: dict, side: np.ndarray) -> dict[str, GroupProfile]:
+    """Return the profile of each group that has enough cells on a side.
 
     Parameters
     ----------
     reference
         As :func:`encode_reference` returns it.
-    target
-        Levels asked for.
-    source_codes, source_dose
-        Condition codes, ``(n_condition_keys,)``, and dose of the source cells.
-
-    Returns
-    -------
-    None and an empty dict where no group was seen on both sides.
+    side
+        Which of its profiles are on this side, ``(n_pairs,)``.
     """
-    codes, doses = reference["profile_codes"], reference["profile_doses"]
-    sources, targets = (
-        _group_profiles(reference, side)
-        for side in (
-            target.is_source(codes, doses, source_codes, source_dose),
-            target.is_met(codes, doses),
-        )
-    )
-    matched = [group for group in sources if group in targets]
-    if not matched:
-        return None, {}
-    own = {
-        group: OwnChange(
-            targets[group].profile - sources[group].profile,
-            min(targets[group].n_cells, sources[group].n_cells),
-        )
-        for group in matched
-    }
-    profiles = (np.stack([side[g].profile for g in matched]) for side in (sources, targets))
-    return GroupEffects(*profiles), own
-
-
-class _Profile(NamedTuple):
-    profile: np.ndarray
-    n_cells: int
-
-
-def _group_profiles(reference: dict, side: np.ndarray) -> dict[str, _Profile]:
-    """Return the profile of each group that has enough cells on a side."""
     profiles = {}
     for group in np.unique(reference["profile_groups"][side]):
         rows = side & (reference["profile_groups"] == group)
         n_cells = reference["profile_n_cells"][rows]
         if n_cells.sum() >= MIN_GROUP_CELLS:
-            mean = np.average(reference["profiles"][rows], axis=0, weights=n_cells)
-            profiles[str(group)] = _Profile(mean, int(n_cells.sum()))
+            mean, inverse_library = (
+                np.average(reference[name][rows], axis=0, weights=n_cells)
+                for name in ("profiles", "profile_inverse_library")
+            )
+            profiles[str(group)] = GroupProfile(mean, int(n_cells.sum()), float(inverse_library))
     return profiles
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ._model import DISCoVeR
 
 _MIN_DOSE_CELLS = 5
-_ASSUMED_OVERLAP = 0.5  # halfway between adding up and counting once, where nothing tells
-_OVERLAPS = (0.0, 0.25, 0.5, 0.75, 1.0)
+ASSUMED_OVERLAP = 0.5  # halfway between adding up and counting once, where nothing tells
+OVERLAPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -127,22 +127,82 @@ class Target:
             return np.zeros(len(codes), dtype=bool)
         return (codes[:, list(wanted)] == list(wanted.values())).all(axis=1)
 
-    def split(self) -> list[Target]:
-        """Return one target per part of a combination that is not registered; else none."""
+    def split(
+        self, codes: np.ndarray, doses: np.ndarray | None
+    ) -> tuple[list[Target], list[float] | None] | None:
+        """Return the measured targets that tell of this one, and their weights.
+
+        For a combination that is not registered, its parts, whose weights are to be found (None);
+        for a dose, the nearest measured doses on either side.
+
+        Parameters
+        ----------
+        codes, doses
+            Condition codes, ``(n_cells, n_condition_keys)``, and doses of the reference cells.
+
+        Returns
+        -------
+        Targets and weights; None if there is nothing to split, or no dose has enough cells.
+        """
+        if self.dose is not None:
+            measured = _measured_doses(doses[self.is_target(codes)])
+            return self._between(measured, self.dose) if len(measured) else None
+        position = self._combination
+        return None if position is None else (self._parts(position, self.asked[position]), None)
+
+    def registered_alike(self, source_codes: np.ndarray) -> list[tuple[Target, list[Target]]]:
+        """Return the registered combinations of the same key, none of the source, and their parts.
+
+        Parameters
+        ----------
+        source_codes
+            Condition codes of the source cells, ``(n_condition_keys,)``.
+        """
+        position = self._combination
+        levels = self.keys[position]
+        own = levels.parts(levels.names[source_codes[position]])
+        return [
+            (replace(self, asked=self.asked | {position: name}), self._parts(position, name))
+            for name in levels.names
+            if len(levels.parts(name)) > 1 and not set(levels.parts(name)) & set(own)
+        ]
+
+    def inner_doses(self, doses: np.ndarray) -> list[tuple[Target, list[Target], list[float]]]:
+        """Return each measured dose between two others, with those and their weights.
+
+        Parameters
+        ----------
+        doses
+            Doses of the cells under the treatment.
+        """
+        measured = _measured_doses(doses, n_cells=1)
+        return [
+            (replace(self, dose=float(d)), *self._between(measured[measured != d], d))
+            for d in measured[1:-1]
+        ]
+
+    @property
+    def _combination(self) -> int | None:
+        """Position of the key whose combination is asked for and not registered."""
         unknown = [k for k, code in self.codes.items() if code is None and k not in self.described]
-        if len(unknown) != 1:
-            return []
-        position = unknown[0]
-        parts = self.keys[position].parts(self.asked[position])
+        return unknown[0] if len(unknown) == 1 else None
+
+    def _parts(self, position: int, level: str) -> list[Target]:
+        parts = self.keys[position].parts(level)
         return [replace(self, asked=self.asked | {position: part}) for part in parts]
+
+    def _between(self, measured: np.ndarray, dose: float) -> tuple[list[Target], list[float]]:
+        weights = _between_doses(measured, dose)
+        others = {position: level for position, level in self.asked.items() if position != 0}
+        parts = [
+            replace(self, dose=d) if d else replace(self, asked=others, dose=0.0) for d in weights
+        ]
+        return parts, list(weights.values())
 
     def pieces(
         self, model: DISCoVeR, reference: Reference, source_codes: np.ndarray, source_dose: float
     ) -> Pieces | None:
         """Return what tells of the target part by part; None if it has reference cells itself.
-
-        For a combination that is not registered, its parts; for a dose, the nearest measured
-        doses on either side.
 
         Raises
         ------
@@ -151,16 +211,14 @@ class Target:
             would tell what a part adds to another.
         """
         codes, doses = model.reference_["condition_codes"], model.reference_.get("doses")
-        if self.dose is not None:
-            others = {key: code for key, code in self.codes.items() if key != 0}
-            untreated = self._under(codes, others) & (doses == 0)
-            between = _between_doses(doses, reference.is_target, untreated, self.dose)
-            if between is None:
-                return None
-            return Pieces([cells for cells, _ in between], weights=[w for _, w in between])
-        if not (split := self.split()):
+        split = self.split(codes, doses)
+        if split is None:
             return None
-        position = next(k for k in self.asked if self.codes[k] is None)
+        targets, weights = split
+        cells = [part.is_met(codes, doses) for part in targets]
+        if weights is not None:
+            return Pieces(cells, weights=weights)
+        position = self._combination
         levels, source = self.keys[position], self.keys[position].names[source_codes[position]]
         shares = bool(set(levels.parts(source)) & set(levels.parts(self.asked[position])))
         if shares and not levels.combines:
@@ -170,13 +228,12 @@ class Target:
                 "a part adds to another. Predict from cells of a level that shares no part with "
                 "it, the control."
             )
-        cells = [part.is_target(codes) for part in split]
         if shares or not all(mask.any() for mask in cells):
             cells = None
         if levels.combines:  # the networks have learned what a sum of parts does
             return Pieces(cells, overlap=_measured_overlap(levels, codes[:, position], reference))
-        features = [part.features(model, source_codes, source_dose)[1] for part in split]
-        return Pieces(cells, features, overlap=_ASSUMED_OVERLAP)
+        features = [part.features(model, source_codes, source_dose)[1] for part in targets]
+        return Pieces(cells, features, overlap=ASSUMED_OVERLAP)
 
 
 def _measured_overlap(levels: Levels, codes: np.ndarray, reference: Reference) -> float:
@@ -187,7 +244,7 @@ def _measured_overlap(levels: Levels, codes: np.ndarray, reference: Reference) -
         return reference.w[under].mean(axis=0) - control if np.any(under) else None
 
     if not reference.is_source.any():
-        return _ASSUMED_OVERLAP
+        return ASSUMED_OVERLAP
     control = reference.w[reference.is_source].mean(axis=0)
     errors = []
     for name in levels.names:
@@ -195,32 +252,30 @@ def _measured_overlap(levels: Levels, codes: np.ndarray, reference: Reference) -
         changes = [change(level) for level in (name, *parts)]
         if len(parts) > 1 and all(c is not None for c in changes):
             each = np.stack(changes[1:])[:, None, :]
-            errors.append([((summed(each, o)[0] - changes[0]) ** 2).sum() for o in _OVERLAPS])
-    return _OVERLAPS[int(np.argmin(np.sum(errors, axis=0)))] if errors else _ASSUMED_OVERLAP
+            errors.append([((summed(each, o)[0] - changes[0]) ** 2).sum() for o in OVERLAPS])
+    return OVERLAPS[int(np.argmin(np.sum(errors, axis=0)))] if errors else ASSUMED_OVERLAP
 
 
-def _between_doses(
-    doses: np.ndarray, under: np.ndarray, untreated: np.ndarray, dose: float
-) -> list[tuple[np.ndarray, float]] | None:
+def _measured_doses(doses: np.ndarray, n_cells: int = _MIN_DOSE_CELLS) -> np.ndarray:
+    """Return the positive doses of so many cells at least, in order."""
+    measured, counts = np.unique(doses[doses > 0], return_counts=True)
+    return measured[counts >= n_cells]
+
+
+def _between_doses(measured: np.ndarray, dose: float) -> dict[float, float]:
     """Interpolate linearly in log dose between measured doses, in dose below the lowest.
 
     Parameters
     ----------
-    doses
-        Dose of each reference cell, ``(n_cells,)``.
-    under, untreated
-        Which cells are under the treatment, and at dose 0, ``(n_cells,)``.
+    measured
+        Positive doses in order, at least one.
     dose
         Dose asked for.
 
     Returns
     -------
-    Cells at each of the measured doses and their weight; None if no dose has enough cells.
+    Weight of each dose; dose 0 are untreated cells.
     """
-    measured, n_cells = np.unique(doses[under & (doses > 0)], return_counts=True)
-    measured = measured[n_cells >= _MIN_DOSE_CELLS]
-    if len(measured) == 0:
-        return None
     if dose <= measured[0]:
         weights = {0.0: 1.0 - dose / measured[0], measured[0]: dose / measured[0]}
     elif dose >= measured[-1]:
@@ -230,11 +285,7 @@ def _between_doses(
         low, high = measured[above - 1 : above + 1]
         share = np.log(dose / low) / np.log(high / low)
         weights = {low: 1.0 - share, high: share}
-    return [
-        ((under & (doses == d)) if d else untreated, float(weight))
-        for d, weight in weights.items()
-        if weight > 0
-    ]
+    return {float(d): float(weight) for d, weight in weights.items() if weight > 0}
 
 
 def targets_of(

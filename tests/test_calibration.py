@@ -9,8 +9,11 @@ from discover_sc._calibration import (
     anchored,
     closed,
     combine,
+    uncalibrated,
 )
 from discover_sc._group_effects import GroupEffects
+from discover_sc._left_out import LeftOut
+from discover_sc._parts import PartChanges
 
 MEANS = GroupMeans(
     observed=np.array([3.0, 1.0]),
@@ -27,20 +30,20 @@ def test_what_the_decoder_misses_is_added_to_both_sides_and_shrunk_by_the_cells(
 
 
 def test_without_observed_groups_the_estimate_is_the_models_and_its_error_unknown():
-    estimate = combine(MEANS, None, calibrate=True)
+    estimate = combine(MEANS)
     np.testing.assert_allclose(estimate.profile, [4.5, 0.75])
     assert np.isnan(estimate.error).all()
 
 
 def test_without_calibration_the_profile_is_the_decoded_one():
-    estimate = combine(MEANS, None, calibrate=False)
+    estimate = uncalibrated(MEANS, None)
     np.testing.assert_array_equal(estimate.profile, MEANS.predicted)
 
 
 def test_observed_changes_and_the_model_are_weighed_gene_by_gene():
     control = np.array([[2.0, 1.0], [2.5, 1.2], [2.2, 1.1]])
     effects = GroupEffects(control, control + [[1.0, 0.5], [1.2, 0.5], [0.8, -0.5]])
-    estimate = combine(MEANS, effects, calibrate=True)
+    estimate = combine(MEANS, effects)
     base, model = anchored(MEANS)
     weight = effects.weight_beside()
     expected = (1 - weight) * model + weight * (base + effects.change(base))
@@ -51,7 +54,7 @@ def test_observed_changes_and_the_model_are_weighed_gene_by_gene():
 
 def test_the_change_observed_of_the_group_itself_is_trusted_by_its_cells():
     own = OwnChange(np.array([0.5, 2.0]), n_cells=150)  # three quarters
-    profile = combine(MEANS, None, own=own, calibrate=True).profile
+    profile = combine(MEANS, own=own).profile
     base, model = anchored(MEANS)
     np.testing.assert_allclose(profile, 0.25 * model + 0.75 * (base + own.change))
 
@@ -85,3 +88,14 @@ def test_plain_means_are_moved_by_adding():
 def test_a_closed_profile_adds_up_and_keeps_the_proportions_of_what_is_not_negative():
     counts = np.expm1(closed(np.log1p([30.0, 10.0, -0.5])))
     np.testing.assert_allclose(counts, [7500.0, 2500.0, 0.0])
+
+
+def test_two_ways_of_putting_parts_together_are_averaged_and_their_distance_is_an_error():
+    left_out = LeftOut(np.zeros((1, 2)), np.zeros((1, 2)), np.full((1, 2), 0.3))
+    parts = PartChanges(np.array([0.2, 0.0]), np.array([0.1, 0.0]), np.array([1.0, 0.5]), left_out)
+    estimate = combine(MEANS, parts=parts)
+    base, model = anchored(MEANS)
+    np.testing.assert_allclose(estimate.source, base + [0.2, 0.0])
+    together, apart = model + [0.3, 0.0], base + [1.2, 0.5]
+    np.testing.assert_allclose(estimate.profile, (together + apart) / 2)
+    np.testing.assert_allclose(estimate.error**2, 0.09 + (together - apart) ** 2 / 4)

@@ -5,7 +5,7 @@ import pytest
 from fitting import train_small
 
 from discover_sc import DISCoVeR
-from discover_sc._target import _between_doses
+from discover_sc._target import _between_doses, _measured_doses
 from discover_sc.data import simulate
 
 # targets that no group was seen under
@@ -66,20 +66,13 @@ def test_at_a_measured_dose_a_shift_is_that_doses_and_between_two_it_is_between(
 
 
 def test_doses_are_interpolated_in_log_dose_and_in_dose_below_the_lowest():
-    doses = np.repeat([0.0, 1.0, 10.0, 100.0], [5, 5, 5, 2])  # 100 has too few cells
-
-    def between(dose):
-        found = _between_doses(doses, doses > 0, doses == 0, dose)
-        return [(set(doses[cells]), weight) for cells, weight in found]
-
-    assert between(0.0) == [({0.0}, 1.0)]
-    assert between(0.25) == [({0.0}, 0.75), ({1.0}, 0.25)]
-    assert between(1.0) == [({1.0}, 1.0)]
-    assert between(500.0) == [({10.0}, 1.0)]
-    [(low, share), (high, rest)] = between(10**0.75)
-    assert (low, high) == ({1.0}, {10.0})
-    np.testing.assert_allclose([share, rest], [0.25, 0.75])
-    assert _between_doses(doses, doses == 100.0, doses == 0, 50.0) is None
+    measured = _measured_doses(np.repeat([0.0, 1.0, 10.0, 100.0], [5, 5, 5, 2]))
+    np.testing.assert_array_equal(measured, [1.0, 10.0])  # 100 has too few cells
+    assert _between_doses(measured, 0.0) == {0.0: 1.0}
+    assert _between_doses(measured, 0.25) == {0.0: 0.75, 1.0: 0.25}
+    assert _between_doses(measured, 1.0) == {1.0: 1.0}
+    assert _between_doses(measured, 500.0) == {10.0: 1.0}
+    assert _between_doses(measured, 10**0.75) == pytest.approx({1.0: 0.25, 10.0: 0.75})
 
 
 def test_the_prediction_says_its_dose_and_the_sources(model):
@@ -187,3 +180,33 @@ def test_doses_that_cannot_be_learned_are_refused(doses, message):
     adata.obs["dose"] = doses(adata.obs["dose"])
     with pytest.raises(ValueError, match=message):
         DISCoVeR.setup_anndata(adata, condition_key="condition", dose_key="dose")
+
+
+@pytest.mark.parametrize(("doses", "known"), [((0.1, 1.0, 10.0), True), ((0.1, 10.0), False)])
+def test_a_measured_dose_between_two_others_tells_the_error(doses, known):
+    model = train_small(dosed(doses), {"dose_key": "dose", "labels_key": "cell_type"})
+    predicted = model.predict_counterfactual(controls(model), to="treat_1", dose=3.0, n_samples=2)
+    assert predicted.varm["discover_mean"].notna().all(axis=None)
+    assert predicted.varm["discover_mean_lower"].notna().all(axis=None) == known
+
+
+def test_a_dose_between_follows_the_observed_profiles_on_either_side(model):
+    source = controls(model)
+    auto, decoded = (
+        model.predict_counterfactual(
+            source, to="treat_1", dose=10**0.5, method=method, n_samples=2
+        ).varm["discover_mean"]
+        for method in ("auto", "shift")
+    )
+    reference = model.reference_
+    code = model.conditions["condition"].index("treat_1")
+    for group in auto:
+        rows = [
+            (reference["profile_codes"][:, 0] == code)
+            & (reference["profile_doses"] == dose)
+            & (reference["profile_groups"] == group)
+            for dose in (1.0, 10.0)
+        ]
+        between = np.mean([reference["profiles"][row][0] for row in rows], axis=0)
+        errors = [np.abs(varm[group] - between).mean() for varm in (auto, decoded)]
+        assert errors[0] < 0.8 * errors[1]
