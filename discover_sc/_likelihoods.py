@@ -168,8 +168,11 @@ class _NegativeBinomialLosses(Function):
                 theta_slope = torch.addcmul(log_1u, u, slope, value=-1)
                 nonzero.put(theta_slope, theta_slopes[k])
                 theta_grad = _add_weighted(theta_grad, grad, theta_slope, len(theta))
-            nonzero.put(slope, slopes[k])
-            mean_grads.append(slope.mul_(grad.unsqueeze(1)))
+            if ctx.needs_input_grad[2 + k]:
+                nonzero.put(slope, slopes[k])
+                mean_grads.append(slope.mul_(grad.unsqueeze(1)))
+            else:
+                mean_grads.append(None)
         return theta_grad, None, *mean_grads
 
 
@@ -217,6 +220,10 @@ class _ZeroInflatedLosses(Function):
                 theta_slope = torch.addcmul(log_1u, u, slope, value=-1).mul_(counted)
                 nonzero.put(theta_slope, theta_slopes[k])
                 theta_grad = _add_weighted(theta_grad, grad, theta_slope, len(theta))
+            if not any(ctx.needs_input_grad[2:]):
+                mean_grads.append(None)
+                logits_grads.append(None)
+                continue
             logits_slope = counted - torch.sigmoid(-logits)
             nonzero.put(logits_slope, torch.sigmoid(nonzero.pick(logits)))
             logits_grads.append(logits_slope.mul_(per_cell))

@@ -1,6 +1,7 @@
 """What a step costs as cells, genes, conditions, density and minibatch grow, and a model of it.
 
     python tests/benchmarks/scaling.py [--threads 1] [--max-cells 1000000]
+    python tests/benchmarks/scaling.py --fit     on the sizes of scaling.csv, measuring nothing
 
 Each size is trained in a process of its own for four epochs; the cheapest of the last three gives
 the CPU milliseconds per step, so that what else runs on the machine counts least. Peak memory is
@@ -11,6 +12,7 @@ on sizes that it did not see, and drawn out.
 import argparse
 import logging
 import time
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -28,11 +30,15 @@ SWEEPS = {
     "density": [0.02, 0.3],
     "batch": [64, 512, 1_024, 4_096],
 }
+LARGE = {"n_genes": 5_000, "batch": 1_024}
 CELLS = [10_000, 100_000, 1_000_000]  # with 500 genes, so that the largest fits into memory
 UNSEEN = [
     {"n_genes": 3_000, "batch": 256, "density": 0.05, "n_conditions": 20},
     {"n_genes": 7_000, "batch": 1_024, "density": 0.1, "n_conditions": 5, "n_cells": 20_000},
+    {"n_genes": 4_000, "batch": 2_048, "n_conditions": 10, "n_cells": 20_000},
 ]
+CACHED = 2**21  # elements of a matrix of cells x genes: 8 MB
+POINTS = Path(__file__).with_suffix(".csv")
 FAR = {
     "n_cells": 100_000_000,
     "n_genes": 20_000,
@@ -83,6 +89,7 @@ def sizes(max_cells):
         for value in values:
             size = BASE | {name: value}
             yield size | {"n_cells": max(BASE["n_cells"], 4 * size["batch"])}
+    yield BASE | LARGE
     for n_cells in CELLS:
         if n_cells <= max_cells:
             yield BASE | {"n_genes": 500, "n_cells": n_cells}
@@ -96,6 +103,7 @@ def terms_of_time(s):
         "cell": cells,
         "gene": genes,
         "cell x gene": cells * genes,
+        "cell x gene beyond the cache": max(0, cells * genes - CACHED),
         "non-zero entry": cells * genes * s["density"],
         "cell x condition": cells * s["n_conditions"],
     }
@@ -123,20 +131,27 @@ def predict(coefficients, terms, size):
     return float(coefficients @ pd.Series(terms(size)))
 
 
-def main(options):
+def measured(options):
+    """Return the table of all sizes, and write it as it grows."""
     rows = []
-    for size in [*sizes(options.max_cells), *(BASE | unseen for unseen in UNSEEN)]:
+    every = [(size, True) for size in sizes(options.max_cells)]
+    every += [(BASE | unseen, False) for unseen in UNSEEN]
+    for size, seen in every:
         n_epochs = 4 if size["n_cells"] < 100_000 else 1
-        rows.append(size | in_own_process(measure, size, options.threads, n_epochs))
-        rows[-1]["us per cell"] = 1e3 * rows[-1]["ms per step"] / size["batch"]
+        found = in_own_process(measure, size, options.threads, n_epochs)
+        rows.append(size | {"seen": seen} | found)
         print(rows[-1], flush=True)
-    table = pd.DataFrame(rows)
-    seen = table.iloc[: -len(UNSEEN)]
+        pd.DataFrame(rows).round(3).to_csv(POINTS, index=False)
+    return pd.DataFrame(rows)
+
+
+def main(options):
+    table = pd.read_csv(POINTS) if options.fit else measured(options)
+    table["us per cell"] = 1e3 * table["ms per step"] / table["batch"]
     for terms, column in ((terms_of_time, "ms per step"), (terms_of_memory, "peak, MB")):
-        coefficients = fit(seen, terms, column)
-        table[f"model, {column}"] = [
-            predict(coefficients, terms, s) for s in table.to_dict("records")
-        ]
+        coefficients = fit(table[table["seen"]], terms, column)
+        modelled = [predict(coefficients, terms, s) for s in table.to_dict("records")]
+        table[f"error, {column}"] = np.array(modelled) / table[column] - 1
         print(coefficients.to_string(), "\nfar:", predict(coefficients, terms, FAR), column, "\n")
     print(table.round(3).to_string())
 
@@ -145,4 +160,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max-cells", type=int, default=1_000_000)
+    parser.add_argument("--fit", action="store_true")
     main(parser.parse_args())
