@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from ._model import DISCoVeR
     from ._target import Target
 
+_SETTLED_AT_ONCE = 1024  # cells
+
 
 def predict_counterfactual(
     model: DISCoVeR,
@@ -466,9 +468,42 @@ def _predict_cells(
             px, x, calibrate_source(own, group), calibrate(expression, group), library
         )
         result.counts.append((rows, sp.csr_matrix(counts.cpu().numpy())))
-    if is_normal:
-        return (sums / torch.tensor([[m.n_cells] for m in means])).numpy()
-    return profile_of(model, sums * (PROFILE_LIBRARY / sums.sum(-1, keepdim=True))).numpy()
+    settle = calibration_class(_profiles_of_sums(model, sums, means), wanted.double().cpu())
+    return _settle(model, grouped, means, settle, draws, result)
+
+
+def _settle(
+    model: DISCoVeR,
+    grouped: GroupedSource,
+    means: list[GroupMeans],
+    settle: LogCalibration | ShiftCalibration,
+    draws: _Draws,
+    result: _Result,
+) -> np.ndarray:
+    """Let expectations over posterior draws agree with the estimates; return groups' profiles.
+
+    The decoder is not linear: cells that agree at the posterior means do not over draws.
+    """
+    is_normal = model.module.gene_likelihood == "normal"
+    scale = 1.0 if is_normal else PROFILE_LIBRARY / draws.library_size
+    sums = torch.zeros(len(means), result.mean.shape[1], dtype=torch.float64)
+    cells = grouped.batches.cells
+    for start in range(0, len(cells), _SETTLED_AT_ONCE):
+        rows = cells[start : start + _SETTLED_AT_ONCE]
+        group = torch.as_tensor(grouped.group_of_cell[start : start + _SETTLED_AT_ONCE])
+        mean = settle(torch.as_tensor(result.mean[rows]).double() * scale, group)
+        if not is_normal:
+            mean = mean * (PROFILE_LIBRARY / mean.sum(-1, keepdim=True))
+        sums.index_add_(0, group, mean)
+        result.mean[rows] = (mean / scale).numpy()
+    return _profiles_of_sums(model, sums, means).numpy()
+
+
+def _profiles_of_sums(model: DISCoVeR, sums: Tensor, means: list[GroupMeans]) -> Tensor:
+    """Return the profiles of groups of cells from the sums over their cells."""
+    if model.module.gene_likelihood == "normal":
+        return sums / torch.tensor([[m.n_cells] for m in means])
+    return profile_of(model, sums * (PROFILE_LIBRARY / sums.sum(-1, keepdim=True)))
 
 
 # --------------------------------------------------------------------------- output
