@@ -36,8 +36,12 @@ class LeftOut:
         the same for all genes. So genes that are badly predicted are left to the second estimate.
         """
         variance = (self.errors**2).mean(axis=0)
-        second = variance.mean() / 2
+        second = self.variance_beside()
         return second / (second + variance) if second > 0 else np.ones_like(variance)
+
+    def variance_beside(self) -> float:
+        """Return the variance that a second estimate's error is taken to have."""
+        return float((self.errors**2).mean() / 2)
 
     def error_variance(self, profile: np.ndarray, change: np.ndarray) -> np.ndarray:
         """Return the expected squared error of predicted genes, ``(n_genes,)``.

@@ -11,6 +11,7 @@ from ._borrowed_effects import BorrowedEffects, KnownChanges
 from ._calibration import OwnChange
 from ._group_effects import GroupEffects
 from ._reference import GroupProfile, group_profiles
+from ._response_factors import FactorEffects
 from ._shrinkage import dispersion_of, sampling_variance
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     from ._model import DISCoVeR
     from ._target import Target
 
+_LEAST_TREATMENTS = 3  # below, they tell nothing of how groups differ
+
 
 class ObservedChanges(NamedTuple):
     """What tells of the change of one group of source cells; None where nothing does."""
 
-    effects: GroupEffects | BorrowedEffects | None
+    effects: GroupEffects | BorrowedEffects | FactorEffects | None
     own: OwnChange | None
 
 
@@ -63,6 +66,7 @@ def observed_changes(
         return _borrowed(model, known, sources, targets, groups)
     profiles = (np.stack([side[g].profile for g in matched]) for side in (sources, targets))
     effects = GroupEffects(*profiles)
+    factors = _factors(model, target, source_codes, sources, effects)
     own = {
         group: OwnChange(
             targets[group].profile - sources[group].profile,
@@ -70,7 +74,63 @@ def observed_changes(
         )
         for group in matched
     }
-    return [ObservedChanges(effects, own.get(group)) for group in groups]
+    return [ObservedChanges(factors.get(group, effects), own.get(group)) for group in groups]
+
+
+def _factors(
+    model: DISCoVeR,
+    target: Target,
+    source_codes: np.ndarray,
+    sources: dict[str, GroupProfile],
+    effects: GroupEffects,
+) -> dict[str, FactorEffects]:
+    """Return what all treatments together tell of each group, where they tell it better.
+
+    Empty where there are fewer than three treatments, or where the changes of alike groups under
+    this treatment alone predict left-out groups better.
+    """
+    if model.dose_key is not None or len(target.asked) > 1 or not effects.scores:
+        return {}
+    [(position, level)] = target.asked.items()
+    levels = _registered_levels(target, position, source_codes)
+    if len(levels) < _LEAST_TREATMENTS:
+        return {}
+    treated = _profiles_under(model, [replace(target, asked={position: n}) for n in levels])
+    factors = FactorEffects(
+        np.stack([_changes(sources, profiles) for profiles in treated]),
+        levels.index(level),
+        control=np.stack([source.profile for source in sources.values()]),
+        second_variance=effects.variance_beside(),
+    )
+    if max(factors.scores.values()) <= max(effects.scores.values()):
+        return {}
+    answered = [g for g in sources if any(g in profiles for profiles in treated)]
+    return {group: factors.of(list(sources).index(group)) for group in answered}
+
+
+def _registered_levels(target: Target, position: int, source_codes: np.ndarray) -> list[str]:
+    """Return the levels that the model was trained on, but for that of the source cells."""
+    levels = target.keys[position]
+    source = levels.names[source_codes[position]]
+    return [n for n in levels.names if n != source and n not in levels.added]
+
+
+def _profiles_under(model: DISCoVeR, targets: list[Target]) -> list[dict[str, GroupProfile]]:
+    reference = model.reference_
+    codes, doses = reference["profile_codes"], reference["profile_doses"]
+    return [group_profiles(reference, target.is_met(codes, doses)) for target in targets]
+
+
+def _changes(sources: dict[str, GroupProfile], treated: dict[str, GroupProfile]) -> np.ndarray:
+    """Return the change of each group of source profiles, NaN where it was not treated."""
+    return np.stack(
+        [
+            treated[group].profile - source.profile
+            if group in treated
+            else np.full_like(source.profile, np.nan)
+            for group, source in sources.items()
+        ]
+    )
 
 
 def _known_levels(model: DISCoVeR, target: Target, source_codes: np.ndarray) -> list[Target] | None:
@@ -78,10 +138,8 @@ def _known_levels(model: DISCoVeR, target: Target, source_codes: np.ndarray) -> 
     if model.module.gene_likelihood == "normal" or model.dose_key is not None:
         return None
     for position, level in target.asked.items():
-        levels = target.keys[position]
-        if level in levels.added:
-            source = levels.names[source_codes[position]]
-            known = [n for n in levels.names if n != source and n not in levels.added]
+        if level in target.keys[position].added:
+            known = _registered_levels(target, position, source_codes)
             return [replace(target, asked=target.asked | {position: n}) for n in known]
     return None
 
@@ -94,18 +152,11 @@ def _borrowed(
     groups: Sequence[str],
 ) -> list[ObservedChanges]:
     """Return what known treatments tell of a new one, for each group of source cells."""
-    reference, names, theta = model.reference_, list(sources), dispersion_of(model)
-    codes, doses = reference["profile_codes"], reference["profile_doses"]
-    treated = [group_profiles(reference, level.is_met(codes, doses)) for level in known]
+    names, theta = list(sources), dispersion_of(model)
+    treated = _profiles_under(model, known)
     seen = [k for k, group in enumerate(names) if group in targets]
     if not any(names[k] in profiles for profiles in treated for k in seen):
         return [ObservedChanges(None, None) for _ in groups]
-
-    def changes_of(profiles: dict[str, GroupProfile]) -> np.ndarray:
-        missing = np.full(len(theta), np.nan)
-        return np.stack(
-            [profiles[g].profile - sources[g].profile if g in profiles else missing for g in names]
-        )
 
     def variance_of(group: str) -> np.ndarray:
         sides = (sources[group], targets[group])
@@ -114,11 +165,11 @@ def _borrowed(
 
     effects = BorrowedEffects(
         KnownChanges(
-            np.stack([changes_of(profiles) for profiles in treated]),
+            np.stack([_changes(sources, profiles) for profiles in treated]),
             np.array([[p[g].n_cells if g in p else 0 for g in names] for p in treated]),
         ),
         control=np.stack([sources[g].profile for g in names]),
-        new=changes_of(targets)[seen],
+        new=_changes(sources, targets)[seen],
         variances=np.stack([variance_of(names[k]) for k in seen]),
         seen=seen,
         n_cells=np.array([targets[names[k]].n_cells for k in seen]),
