@@ -21,10 +21,12 @@ from ._effect_tables import (
 )
 from ._expression import expression_of
 from ._keys import LIBRARY_KEY, QW_KEY, QZ_KEY
-from ._prediction import SourceBatches, move_w, own_copy
+from ._move import move_w
+from ._prediction import own_copy
 from ._readout import _UNTRAINED
 from ._reference import encode_reference
 from ._sham import Pool, level_names, pools
+from ._source_cells import SourceBatches
 from ._target import registered_levels
 
 if TYPE_CHECKING:

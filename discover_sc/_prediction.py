@@ -20,20 +20,15 @@ from ._calibration import (
     GroupMeans,
     LogCalibration,
     ShiftCalibration,
-    closed,
-    combine,
-    uncalibrated,
 )
-from ._counterfactual import COMPARING, Reference, Way, choose_way
+from ._estimates import estimate_profiles
 from ._expression import expression_of
 from ._keys import LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
-from ._observed_changes import observed_changes
-from ._parts import Part, composition_of, part_changes
-from ._priors import LearnedPrior
-from ._reference import group_profiles, groups_of, normalized, profile_of
+from ._move import Move, fit_move, level_names, move_w
+from ._reference import groups_of, profile_of
 from ._sampling import carry_over, sample
-from ._shrinkage import dispersion_of
-from ._support import Support, warn_of_low_support
+from ._source_cells import GroupedSource, SourceBatches
+from ._support import warn_of_low_support
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +66,7 @@ def predict_counterfactual(
                 grouped = GroupedSource(batches, *np.unique(groups[cells], return_inverse=True))
                 move = fit_move(model, method, codes, dose, target)
                 means = grouped.means(move.way)
-                estimates, choice = _estimates(model, grouped, move, means)
+                estimates, choice = estimate_profiles(model, grouped, move, means)
                 name = _source_name(model, codes, dose)
                 result.ways[name], result.choices[name] = move.description, choice
                 draws = _Draws(n_samples, interval, library_size)
@@ -134,160 +129,8 @@ def _cells_by_source(
 
 
 def _source_name(model: DISCoVeR, codes: np.ndarray, dose: float | None) -> str:
-    name = "+".join(_level_names(model, codes))
+    name = "+".join(level_names(model, codes))
     return name if dose is None else f"{name} at {dose:g}"
-
-
-def _level_names(model: DISCoVeR, codes: np.ndarray) -> list[str]:
-    return [levels[c] for levels, c in zip(model.conditions.values(), codes, strict=True)]
-
-
-# ----------------------------------------------------------------------------- move
-
-
-@dataclass(frozen=True)
-class Move:
-    """From cells under one condition to the target: how, and from what.
-
-    Parameters
-    ----------
-    method
-        As asked for.
-    target
-        Levels asked for.
-    codes, dose
-        Condition codes, ``(n_condition_keys,)``, and dose of the source cells.
-    way
-        What replaces w, fitted.
-    description
-        What it consists of.
-    support
-        Of source cells.
-    parts
-        Measured parts of the target and their weights; None if it was measured itself, or not
-        all of its parts were.
-    """
-
-    method: str
-    target: Target
-    codes: np.ndarray
-    dose: float | None
-    way: Way
-    description: str
-    support: Support
-    parts: tuple[list[Target], list[float] | None] | None
-
-
-def fit_move(
-    model: DISCoVeR,
-    method: str,
-    source_codes: np.ndarray,
-    source_dose: float | None,
-    target: Target,
-) -> Move:
-    """Fit what replaces w on the reference cells.
-
-    Raises
-    ------
-    ValueError
-        If a way compares cells of which one side is missing.
-    """
-    trained = model.reference_
-    reference = Reference(
-        z=trained["z"],
-        w=trained["w"],
-        is_source=target.is_source(
-            trained["condition_codes"], trained["doses"], source_codes, source_dose
-        ),
-        is_target=target.is_target(trained["condition_codes"]),
-        groups=trained["groups"],
-    )
-    pieces = target.pieces(model, reference, source_codes, source_dose)
-    told = reference.is_target.any() if pieces is None else pieces.cells is not None
-    compares = reference.is_source.any() and told
-    if not compares and (method in COMPARING or not isinstance(model.module.prior, LearnedPrior)):
-        missing = target.name() if reference.is_source.any() else _level_names(model, source_codes)
-        raise ValueError(
-            f"The model was set up with no cell under {missing}, which method={method!r} compares "
-            "with others. Ask for one key at a time, or use method='abduction', which asks the "
-            "learned prior."
-        )
-    features = target.features(model, source_codes, source_dose)
-    way, description = choose_way(method, model.module, *features, pieces, compares)
-    parts = None
-    if pieces is not None and pieces.cells is not None and compares:
-        parts = target.split(trained["condition_codes"], trained["doses"])
-        parts = None if parts[0] == [target] else parts
-    return Move(
-        method=method,
-        target=target,
-        codes=source_codes,
-        dose=source_dose,
-        way=way.fit(reference),
-        description=description,
-        support=Support(reference, None if pieces is None else pieces.cells),
-        parts=parts,
-    )
-
-
-# ------------------------------------------------------------------------- estimate
-
-
-def _estimates(
-    model: DISCoVeR, grouped: GroupedSource, move: Move, means: list[GroupMeans]
-) -> tuple[list[GroupEstimate], dict[str, object]]:
-    """Return the estimated profile of each group, and what it was made from, as plain values."""
-    changes = observed_changes(model, move.target, move.codes, move.dose, grouped.names)
-    choice = {"ways": move.description, "n_groups": 0}
-    if changes[0].effects is not None:
-        choice |= changes[0].effects.summary()
-    if move.method != "auto":
-        estimates = [uncalibrated(m, c.effects) for m, c in zip(means, changes, strict=True)]
-    elif move.parts is not None and model.module.gene_likelihood != "normal":
-        composition = composition_of(
-            model.reference_, move.target, move.parts[1], move.codes, move.dose
-        )
-        choice["overlap"] = composition.overlap
-        parts = part_changes(
-            composition,
-            _unmoved(model, move, means),
-            [_part(model, grouped, move, part) for part in move.parts[0]],
-            grouped.names,
-            dispersion_of(model),
-        )
-        estimates = [combine(m, parts=p) for m, p in zip(means, parts, strict=True)]
-    else:
-        missed = sum(move.target.missed_changes(model, move.codes))
-        estimates = [
-            combine(m, c.effects, missed, c.own) for m, c in zip(means, changes, strict=True)
-        ]
-    if model.module.gene_likelihood != "normal":
-        estimates = [
-            replace(e, source=closed(e.source), profile=closed(e.profile)) for e in estimates
-        ]
-    return estimates, choice
-
-
-def _unmoved(model: DISCoVeR, move: Move, means: list[GroupMeans]) -> Part:
-    """Return what is known of the source condition itself."""
-    reference = model.reference_
-    is_source = move.target.is_source(
-        reference["profile_codes"], reference["profile_doses"], move.codes, move.dose
-    )
-    stay = [replace(m, predicted=m.decoded) for m in means]
-    return Part(group_profiles(reference, is_source), stay, 0.0)
-
-
-def _part(model: DISCoVeR, grouped: GroupedSource, move: Move, target: Target) -> Part:
-    """Return what is known of a part of the target."""
-    reference = model.reference_
-    is_met = target.is_met(reference["profile_codes"], reference["profile_doses"])
-    way = fit_move(model, move.method, move.codes, move.dose, target).way
-    return Part(
-        group_profiles(reference, is_met),
-        grouped.means(way),
-        sum(target.missed_changes(model, move.codes)),
-    )
 
 
 # --------------------------------------------------------------------------- decode
@@ -314,82 +157,6 @@ def _empty_result(model: DISCoVeR, source: ad.AnnData) -> _Result:
     mean, lower, upper = (np.empty(shape, dtype=np.float32) for _ in range(3))
     w, support = np.empty((shape[0], n_w), dtype=np.float32), np.empty(shape[0])
     return _Result(mean, lower, upper, w, support)
-
-
-@dataclass(frozen=True)
-class SourceBatches:
-    """Minibatches of some source cells, as often as they are asked for.
-
-    Parameters
-    ----------
-    model
-        A trained model.
-    source
-        Registered cells.
-    cells
-        Positions of the cells to encode.
-    batch_size
-        Cells in a minibatch; None: ``scvi.settings.batch_size``.
-    """
-
-    model: DISCoVeR
-    source: ad.AnnData
-    cells: np.ndarray
-    batch_size: int | None
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[str, Tensor], dict]]:
-        """Yield positions among the cells, tensors and inference outputs of each minibatch."""
-        module, start = self.model.module, 0
-        for tensors in self.model._make_data_loader(
-            self.source, indices=self.cells, batch_size=self.batch_size
-        ):
-            n = len(tensors[REGISTRY_KEYS.X_KEY])
-            outputs = module.inference(**module._get_inference_input(tensors))
-            yield np.arange(start, start + n), tensors, outputs
-            start += n
-
-
-def move_w(way: Way, z: Tensor, w: Tensor) -> Tensor:
-    """Return w as a way moves it, on the device of w."""
-    moved = way(z.cpu().numpy(), w.cpu().numpy())
-    return torch.as_tensor(moved, dtype=w.dtype, device=w.device)
-
-
-@dataclass(frozen=True)
-class GroupedSource:
-    """Minibatches of source cells under one condition, and their groups.
-
-    Parameters
-    ----------
-    batches
-        Minibatches.
-    names
-        Names of the groups.
-    group_of_cell
-        Position of each cell's group, ``(n_cells,)``.
-    """
-
-    batches: SourceBatches
-    names: np.ndarray
-    group_of_cell: np.ndarray
-
-    def means(self, way: Way) -> list[GroupMeans]:
-        """Return the profiles of each group, at the posterior means, w moved by a way."""
-        model, n_groups = self.batches.model, len(self.names)
-        sums = torch.zeros(3, n_groups, model.summary_stats.n_vars, dtype=torch.float64)
-        for rows, tensors, outputs in self.batches:
-            z, w, library = outputs[QZ_KEY].loc, outputs[QW_KEY].loc, outputs[LIBRARY_KEY]
-            group = torch.as_tensor(self.group_of_cell[rows])
-            decoded = (
-                expression_of(model.module.decode(z, latent, library, tensors), PROFILE_LIBRARY)
-                for latent in (w, move_w(way, z, w))
-            )
-            observed = normalized(model, tensors[REGISTRY_KEYS.X_KEY].to(model.device))
-            for kind, values in enumerate((observed, *decoded)):
-                sums[kind].index_add_(0, group, values.double().cpu())
-        n_cells = np.bincount(self.group_of_cell, minlength=n_groups)
-        profiles = profile_of(model, sums / torch.as_tensor(n_cells).unsqueeze(1)).numpy()
-        return [GroupMeans(*profiles[:, g], n_cells[g]) for g in range(n_groups)]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import torch
 from scvi import settings
 
 from ._calibration import GroupMeans
+from ._move import fit_move
 from ._parts import Part, missed_by_group
-from ._prediction import GroupedSource, SourceBatches, fit_move
 from ._reference import GroupProfile, at_most, groups_of
 from ._shrinkage import dispersion_of
+from ._source_cells import GroupedSource, SourceBatches
 from ._target import targets_of
 from .evaluation import log_mean_profile
 

@@ -11,8 +11,8 @@ import torch
 
 from ._counterfactual import MIN_GROUP_CELLS, Reference
 from ._keys import CONDITION_KEY, QW_KEY, QZ_KEY
-from ._prediction import SourceBatches
 from ._reference import at_most, groups_of
+from ._source_cells import SourceBatches
 
 if TYPE_CHECKING:
     from anndata import AnnData
