@@ -289,8 +289,9 @@ class ReadoutMixin:
         well the training data cover the cell under this target.
         ``.uns["discover_counterfactual"]``: what was done. With ``"auto"``,
         ``model.counterfactual_choice_`` holds for each source condition the power by which like
-        groups were weighted, its scores and those of the other powers over left-out groups, and
-        the mean weight of observed changes beside the model.
+        groups were weighted, or the number of factors of all treatments where these predict
+        better; its scores and those of the other choices over left-out groups; and the mean
+        weight of observed changes beside the model.
 
         Raises
         ------
