@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._group_effects import GroupEffects
     from ._left_out import LeftOut
     from ._parts import PartChanges
+    from ._response_factors import FactorEffects
 
 PROFILE_LIBRARY = 1e4  # counts per cell on whose log1p group profiles are compared
 _HALF_TRUST = 50  # cells of a group at which what they show counts half
@@ -76,7 +77,7 @@ def anchored(means: GroupMeans) -> tuple[np.ndarray, np.ndarray]:
 
 def combine(
     means: GroupMeans,
-    effects: GroupEffects | BorrowedEffects | None = None,
+    effects: GroupEffects | BorrowedEffects | FactorEffects | None = None,
     missed: np.ndarray | float = 0.0,
     own: OwnChange | None = None,
     parts: PartChanges | None = None,

@@ -225,7 +225,7 @@ def _predict_cells(
         if not is_normal:
             mean = mean * (draws.library_size / mean.sum(-1, keepdim=True))
         result.mean[rows] = mean.cpu().numpy()
-        sums.index_add_(0, group.cpu(), mean.double().cpu())
+        sums.index_add_(0, group.cpu(), mean.cpu().double())
         result.w[rows] = move_w(move.way, qz.loc, qw.loc).cpu().numpy()
         result.support[rows] = move.support(qz.loc.cpu().numpy(), qw.loc.cpu().numpy())
         # of the last draw of the latents, with the noise of the cell itself
@@ -235,7 +235,7 @@ def _predict_cells(
             px, x, calibrate_source(own, group), calibrate(expression, group), library
         )
         result.counts.append((rows, sp.csr_matrix(counts.cpu().numpy())))
-    settle = calibration_class(_profiles_of_sums(model, sums, means), wanted.double().cpu())
+    settle = calibration_class(_profiles_of_sums(model, sums, means), wanted.cpu().double())
     return _settle(model, grouped, means, settle, draws, result)
 
 

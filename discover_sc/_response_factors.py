@@ -40,28 +40,30 @@ def complete(changes: np.ndarray, n_factors: int) -> np.ndarray:
     like a typical one.
     """
     observed = ~np.isnan(changes).any(axis=-1)
-    table = np.where(observed[..., None], changes, 0.0)
-    fits = [_fit(table, observed, n_factors, np.random.default_rng(s)) for s in range(_N_STARTS)]
-    return np.mean(fits, axis=0)
+    rows = changes[observed]
+    gram = rows @ rows.T  # every profile is a weighted sum of the rows: sweeps need no genes
+    fits = [_fit(gram, observed, n_factors, np.random.default_rng(s)) for s in range(_N_STARTS)]
+    return np.mean(fits, axis=0) @ rows
 
 
 def _fit(
-    table: np.ndarray, observed: np.ndarray, n_factors: int, rng: np.random.Generator
+    gram: np.ndarray, observed: np.ndarray, n_factors: int, rng: np.random.Generator
 ) -> np.ndarray:
+    """Return the completed table as weights of the observed changes, ``(..., n_observed)``."""
     n_treatments, n_groups = observed.shape
     treatments = rng.normal(size=(n_treatments, n_factors))
     groups = 1.0 + 0.3 * rng.normal(size=(n_groups, n_factors))
+    products = np.zeros((n_treatments, n_groups, n_factors))
     eye = np.eye(n_factors)
     for _ in range(_N_SWEEPS):
         loadings = (treatments[:, None] * groups[None])[observed]
-        profiles = np.linalg.solve(
-            loadings.T @ loadings + _RIDGE * eye, loadings.T @ table[observed]
-        )
-        products, squares = table @ profiles.T, profiles @ profiles.T
+        profiles = np.linalg.solve(loadings.T @ loadings + _RIDGE * eye, loadings.T)
+        along = gram @ profiles.T
+        products[observed], squares = along, profiles @ along
         ridge = _LOADING_RIDGE * np.trace(squares) / n_factors * eye
         groups = _loadings(products.transpose(1, 0, 2), squares, treatments, observed.T, ridge, 1.0)
         treatments = _loadings(products, squares, groups, observed, ridge, 0.0)
-    return np.einsum("lr,kr,rg->lkg", treatments, groups, profiles)
+    return np.einsum("lr,kr,rm->lkm", treatments, groups, profiles)
 
 
 def _loadings(
@@ -129,10 +131,9 @@ class FactorEffects(LeftOut):
         """Return the change of the group, whatever its profile before, ``(n_genes,)``."""
         return self._change
 
-    def weight_beside(self) -> np.ndarray:
-        """Weight of the change beside the second estimate, by inverse variances, ``(n_genes,)``."""
-        variance = (self.errors**2).mean(axis=0)
-        return self._second_variance / (self._second_variance + variance)
+    def variance_beside(self) -> float:
+        """Return the variance of the second estimate's error, which these errors do not tell."""
+        return self._second_variance
 
     def summary(self) -> dict[str, object]:
         """Return what was chosen and the cross-validated scores it was chosen by."""

@@ -89,7 +89,7 @@ class GroupedSource:
             )
             observed = normalized(model, tensors[REGISTRY_KEYS.X_KEY].to(model.device))
             for kind, values in enumerate((observed, *decoded)):
-                sums[kind].index_add_(0, group, values.double().cpu())
+                sums[kind].index_add_(0, group, values.cpu().double())
         n_cells = np.bincount(self.group_of_cell, minlength=n_groups)
         profiles = profile_of(model, sums / torch.as_tensor(n_cells).unsqueeze(1)).numpy()
         return [GroupMeans(*profiles[:, g], n_cells[g]) for g in range(n_groups)]
