@@ -11,6 +11,7 @@ from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNe
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import nn
 
+from ._adversary import Adversary
 from ._conditions import Conditions
 from ._counts import SparseCells
 from ._keys import (
@@ -35,7 +36,7 @@ from ._losses import (
     kl_to_standard_normal,
     kl_to_unit_normal,
 )
-from ._networks import Adversary, Decoder, Encoder, LinearDecoder
+from ._networks import Decoder, Encoder, LinearDecoder
 from ._priors import ClassMeanPrior, LearnedPrior
 
 if TYPE_CHECKING:
@@ -402,13 +403,7 @@ class DiscoverVAE(BaseModuleClass):
     def adversary_loss(self, representations: dict, tensors: dict[str, Tensor]) -> Tensor:
         """Return the cross-entropy that the adversary minimises, summed over its classifiers."""
         condition_index = tensors[CONDITION_KEY].long()
-        per_key = self.adversary(representations, self._labels(tensors))
-        loss = 0.0
-        for key, classifiers in enumerate(per_key):
-            n = len(classifiers)
-            truth = condition_index[:, key].repeat(n)
-            loss = loss + n * adversary_cross_entropy(torch.cat(classifiers), truth).mean()
-        return loss
+        return self.adversary.loss(representations, self._labels(tensors), condition_index)
 
     def game(
         self, representations: dict, tensors: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Encoders, decoders and the adversary: tensors in, distributions and logits out."""
+"""Encoders and decoders: tensors in, distributions and outputs out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MIN_SCALE = 1e-4  # keeps the logarithm of a posterior's standard deviation finite
-_ADVERSARY_HIDDEN = 128
 
 
 class Covariates(nn.Module):
@@ -176,56 +175,3 @@ class LinearDecoder(nn.Module):
     def forward(self, latent: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
         """Return outputs of shape ``(n_cells, n_output)``."""
         return self.loadings(latent) + self.covariates(categories, continuous)
-
-
-class Adversary(nn.Module):
-    """Classifiers of the conditions: one per representation that they read, one head per key.
-
-    Parameters
-    ----------
-    n_inputs
-        Width of each representation, by its name.
-    n_cats_per_condition
-        Number of levels of each condition key.
-    n_labels
-        Number of labels the adversary is told; 0 where it is told none.
-    """
-
-    def __init__(
-        self, n_inputs: dict[str, int], n_cats_per_condition: Sequence[int], n_labels: int
-    ) -> None:
-        super().__init__()
-        labels = [n_labels] if n_labels else []
-        self.first = nn.ModuleDict(
-            {name: nn.Linear(n, _ADVERSARY_HIDDEN) for name, n in n_inputs.items()}
-        )
-        self.labels = nn.ModuleDict(
-            {name: Covariates(labels, 0, _ADVERSARY_HIDDEN) for name in n_inputs}
-        )
-        self.heads = nn.ModuleDict(
-            {
-                name: nn.ModuleList(nn.Linear(_ADVERSARY_HIDDEN, n) for n in n_cats_per_condition)
-                for name in n_inputs
-            }
-        )
-
-    def forward(self, representations: dict[str, Tensor], labels: Tensor) -> list[list[Tensor]]:
-        """Return for each condition key the logits of each classifier.
-
-        Parameters
-        ----------
-        representations
-            Shape ``(n_cells, n)`` each, by name.
-        labels
-            Label codes, ``int64`` of shape ``(n_cells, 1)``; read only if the adversary is told.
-
-        Returns
-        -------
-        Per key, one tensor of shape ``(n_cells, n_levels)`` per representation.
-        """
-        per_representation = []
-        for name, representation in representations.items():
-            hidden = self.first[name](representation) + self.labels[name](labels, None)
-            hidden = nn.functional.leaky_relu(hidden, 0.2)
-            per_representation.append([head(hidden) for head in self.heads[name]])
-        return [list(logits) for logits in zip(*per_representation, strict=True)]

@@ -1,28 +1,15 @@
 import pytest
 import torch
+from drawing import N_CELLS, NO_CATEGORIES, draw, draw_codes
 from torch.distributions import Normal
 
 from discover_sc._networks import (
-    Adversary,
     Covariates,
     Decoder,
     Encoder,
     HiddenLayers,
     LinearDecoder,
 )
-
-N_CELLS = 16
-NO_CATEGORIES = torch.zeros(N_CELLS, 0, dtype=torch.long)
-
-
-def draw(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def draw_codes(*n_levels):
-    generator = torch.Generator().manual_seed(1)
-    columns = [torch.randint(n, (N_CELLS,), generator=generator) for n in n_levels]
-    return torch.stack(columns, dim=1)
 
 
 def test_covariates_are_the_sum_of_one_vector_per_key_and_a_linear_map():
@@ -144,34 +131,3 @@ def test_nonlinear_decoder_is_not_linear():
     base = decoder(torch.zeros(N_CELLS, 5), NO_CATEGORIES, None)
     opposite = decoder(latent, NO_CATEGORIES, None) + decoder(-latent, NO_CATEGORIES, None)
     assert not torch.allclose(opposite, 2 * base, atol=1e-2)
-
-
-def test_adversary_has_one_head_per_condition_key_for_each_representation():
-    adversary = Adversary({"z": 4, "reconstruction": 6}, [2, 3], n_labels=0)
-    representations = {"z": draw(N_CELLS, 4), "reconstruction": draw(N_CELLS, 6)}
-    logits = adversary(representations, NO_CATEGORIES)
-    shapes = [[tuple(t.shape) for t in classifiers] for classifiers in logits]
-    assert shapes == [[(N_CELLS, 2)] * 2, [(N_CELLS, 3)] * 2]
-
-
-def test_each_classifier_of_the_adversary_reads_its_own_representation_only():
-    adversary = Adversary({"z": 4, "reconstruction": 6}, [2], n_labels=0)
-    z, reconstruction = draw(N_CELLS, 4), draw(N_CELLS, 6)
-    [[from_z, from_reconstruction]] = adversary(
-        {"z": z, "reconstruction": reconstruction}, NO_CATEGORIES
-    )
-    [[other_z, other_reconstruction]] = adversary(
-        {"z": z + 1, "reconstruction": reconstruction}, NO_CATEGORIES
-    )
-    assert torch.equal(from_reconstruction, other_reconstruction)
-    assert not torch.allclose(from_z, other_z)
-
-
-@pytest.mark.parametrize("told", [False, True], ids=["told nothing", "told the label"])
-def test_labels_change_the_logits_only_of_an_adversary_that_is_told_them(told):
-    adversary = Adversary({"z": 4}, [2], n_labels=3 if told else 0)
-    z, labels = draw(N_CELLS, 4), draw_codes(3)
-    [[logits]] = adversary({"z": z}, labels)
-    [[relabelled]] = adversary({"z": z}, (labels + 1) % 3)
-    changed = (logits != relabelled).any(dim=1)
-    assert changed.tolist() == [told] * N_CELLS

@@ -241,20 +241,21 @@ def test_checkpoints_are_written_under_the_two_optimisers(adata, tmp_path):
     assert model.is_trained
 
 
-def test_the_average_is_exponential_and_its_start_does_not_linger():
+def test_the_average_is_exponential_over_four_steps_together_and_its_start_does_not_linger():
     module = torch.nn.Linear(1, 1, bias=False)
-    average = _RunningAverage(module, decay=0.2)
+    average = _RunningAverage(module, decay=0.4)
     expected = float(module.weight.detach())
     average.start()
-    for step, value in enumerate([3.0, -1.0, 2.0], start=1):
+    for step, value in enumerate([3.0, -1.0, 2.0, 7.0, -4.0, 5.0], start=1):
         module.weight.data.fill_(value)
         average.update()
-        decay = min(0.2, step / (step + 10))
-        expected = decay * expected + (1 - decay) * value
+        if step in (4, 6):  # four steps, and the two that are left when the average is asked for
+            decay = min(0.4, step / (step + 10)) ** (4 if step == 4 else 2)
+            expected = decay * expected + (1 - decay) * value
     average.swap()
     assert module.weight.item() == pytest.approx(expected)
     average.swap()
-    assert module.weight.item() == 2.0
+    assert module.weight.item() == 5.0
 
 
 def test_training_ends_with_the_average_which_validation_judged(adata):

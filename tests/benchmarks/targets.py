@@ -2,12 +2,13 @@
 
     DISCOVER_SC_DATA=FOLDER python tests/benchmarks/targets.py PART [--seeds 3]
 
-PART is one of: invariance, variants, composition, cytokines. Default
-arguments of the package throughout, unless the row says otherwise; each part prints a table.
+PART is one of: invariance, variants, composition, cytokines, sizes. Default arguments of the
+package throughout, unless the row says otherwise; each part prints a table.
 """
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 import anndata as ad
@@ -16,7 +17,7 @@ import pandas as pd
 import scvi
 
 from discover_sc import DISCoVeR, evaluation
-from discover_sc.data import kang
+from discover_sc.data import kang, simulate
 
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
 
@@ -36,7 +37,7 @@ def probes(latent, target):
 
 def latent_row(model, adata, key="condition"):
     """Probes of z and w for one condition key, beside chance."""
-    z, w = (model.get_latent_representation(latent=latent) for latent in ("z", "w"))
+    z, w = (model.get_latent_representation(adata, latent=latent) for latent in ("z", "w"))
     condition = adata.obs[key].astype(str).to_numpy()
     row = {f"{key} from z, {k}": v for k, v in probes(z, condition).items()}
     row["chance"] = evaluation.chance_accuracy(condition)
@@ -108,7 +109,28 @@ def cytokines(seeds):
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-PARTS = (invariance, variants, composition, cytokines)
+def sizes(seeds):
+    """Simulations at the ends of what the defaults are meant for; probes on 10,000 cells."""
+    settings = {  # cells, genes, conditions
+        "300 cells": (300, 300, 2),
+        "10,000 genes": (2_000, 10_000, 2),
+        "50 conditions": (10_000, 1_000, 50),
+        "100,000 cells": (100_000, 1_000, 2),
+    }
+    rows = {}
+    for seed in range(seeds):
+        for name, (n_cells, n_genes, n_conditions) in settings.items():
+            adata = simulate(n_cells, n_genes, n_conditions=n_conditions, seed=seed)
+            start = time.perf_counter()
+            model = fit(adata, seed)
+            seconds = time.perf_counter() - start
+            some = np.random.default_rng(0).permutation(n_cells)[:10_000]
+            rows[name, seed] = latent_row(model, adata[some].copy()) | {"training, s": seconds}
+            print(name, seed, rows[name, seed], flush=True)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+PARTS = (invariance, variants, composition, cytokines, sizes)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
