@@ -40,12 +40,8 @@ class Adversary(nn.Module):
         super().__init__()
         labels = [n_labels] if n_labels else []
         self.told_labels = bool(labels)
-        self.first = nn.ModuleDict(
-            {name: nn.Linear(n, _N_HIDDEN) for name, n in n_inputs.items()}
-        )
-        self.labels = nn.ModuleDict(
-            {name: Covariates(labels, 0, _N_HIDDEN) for name in n_inputs}
-        )
+        self.first = nn.ModuleDict({name: nn.Linear(n, _N_HIDDEN) for name, n in n_inputs.items()})
+        self.labels = nn.ModuleDict({name: Covariates(labels, 0, _N_HIDDEN) for name in n_inputs})
         self.heads = nn.ModuleDict(
             {
                 name: nn.ModuleList(nn.Linear(_N_HIDDEN, n) for n in n_cats_per_condition)
