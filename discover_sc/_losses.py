@@ -10,6 +10,8 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from torch import Tensor
 
+_N_LEVELS_OF_FULL_WEIGHT = 50  # at which a cell's own condition counts as much as all of them
+
 
 def kl_to_standard_normal(q: torch.distributions.Normal) -> Tensor:
     r"""KL divergence of each cell's posterior from the standard normal prior, in nats.
@@ -81,15 +83,25 @@ def adversary_entropy(logits: Tensor) -> Tensor:
     return -(log_prediction.exp() * log_prediction).sum(-1)
 
 
-def adversarial_loss(logits: Tensor, target: Tensor) -> Tensor:
-    r"""What the rest of the model minimises: the adversary's distance from knowing nothing.
+def adversarial_loss(logits: Tensor, target: Tensor, condition_index: Tensor) -> Tensor:
+    r"""What the rest of the model minimises: how much the adversary knows, seen from both sides.
 
-    .. math:: \mathrm{KL}\left(p(y) \,\|\, g(y \mid h)\right)
+    .. math::
 
-    With the adversary at its optimum the expectation is zero exactly where `h` carries nothing of
-    `y`: the fixed point of maximising the entropy :math:`H(g(\cdot \mid h))`, but the gradient
-    does not vanish where the adversary is certain, and for unbalanced conditions the minimum lies
-    at their frequencies and not at the uniform distribution.
+        \mathrm{KL}\left(p(y) \,\|\, g(\cdot \mid h)\right) + \lambda_K \log g(y \mid h),
+        \qquad \lambda_K = \min(K / 50, 1)
+
+    with the cell's own condition :math:`y` among :math:`K`. With the adversary at its optimum the
+    expectation is least exactly where `h` carries nothing of `y`: that of the first term is the
+    divergence of the product of the marginals :math:`p(h) p(y)` from the joint distribution, that
+    of the second, but for a constant, :math:`\lambda_K` times the divergence the other way round,
+    the mutual information.
+
+    The first term has a gradient where the adversary is certain, and for unbalanced conditions its
+    minimum lies at their frequencies and not at the uniform distribution. But it asks for
+    uncertainty about every condition alike, so that what it does about a small shift of one of
+    them falls with their number. The second moves each cell away from its own condition, whatever
+    their number; alone, or with its full weight on two conditions, it makes the game oscillate.
 
     Parameters
     ----------
@@ -99,14 +111,18 @@ def adversarial_loss(logits: Tensor, target: Tensor) -> Tensor:
         What is known without `h`: the frequencies of the conditions, or their frequencies given
         the cell's label; rows sum to 1, shape ``(n_cells, n_conditions)`` or
         ``(1, n_conditions)``.
+    condition_index
+        Codes of the true conditions, ``int64`` of shape ``(n_cells,)``.
 
     Returns
     -------
-    Divergence of shape ``(n_cells,)``, in nats, at least 0.
+    Loss of shape ``(n_cells,)``, in nats.
 
     Notes
     -----
-    The paper :cite:p:`Slavutsky2025` maximises the entropy.
+    The paper :cite:p:`Slavutsky2025` maximises the entropy of the prediction.
     """
     log_prediction = F.log_softmax(logits, dim=-1)
-    return (torch.xlogy(target, target) - target * log_prediction).sum(-1)
+    divergence = (torch.xlogy(target, target) - target * log_prediction).sum(-1)
+    own = log_prediction.gather(-1, condition_index.unsqueeze(-1)).squeeze(-1)
+    return divergence + min(logits.shape[-1] / _N_LEVELS_OF_FULL_WEIGHT, 1.0) * own

@@ -425,7 +425,7 @@ class DiscoverVAE(BaseModuleClass):
             truth = condition_index[:, key].repeat(n)
             if len(target) > 1:  # one target per cell
                 target = target.repeat(n, 1)
-            losses.append(n * adversarial_loss(logits, target).mean())
+            losses.append(n * adversarial_loss(logits, target, truth).mean())
             with torch.no_grad():
                 cross_entropy.append(adversary_cross_entropy(logits, truth).mean())
                 accuracy.append((logits.argmax(-1) == truth).float().mean())

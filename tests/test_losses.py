@@ -72,46 +72,66 @@ def test_adversary_entropy_is_log_n_where_it_guesses_and_zero_where_it_is_certai
 
 
 @pytest.mark.parametrize("n_targets", [1, 5], ids=["one target", "target per cell"])
-def test_adversarial_loss_equals_a_plain_loop(n_targets):
+@pytest.mark.parametrize("n_levels", [3, 60])
+def test_adversarial_loss_equals_a_plain_loop(n_targets, n_levels):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 3, generator=generator)
-    target = torch.softmax(torch.randn(n_targets, 3, generator=generator), -1)
+    logits = torch.randn(5, n_levels, generator=generator)
+    target = torch.softmax(torch.randn(n_targets, n_levels, generator=generator), -1)
+    truth = torch.randint(n_levels, (5,), generator=generator)
     expected = []
     for i, prediction in enumerate(softmax_rows(logits)):
         frequencies = target[i % n_targets].tolist()
         pairs = zip(frequencies, prediction, strict=True)
-        expected.append(sum(p * math.log(p / g) for p, g in pairs))
-    torch.testing.assert_close(adversarial_loss(logits, target), torch.tensor(expected))
+        divergence = sum(p * math.log(p / g) for p, g in pairs)
+        expected.append(divergence + min(n_levels / 50, 1) * math.log(prediction[truth[i]]))
+    torch.testing.assert_close(adversarial_loss(logits, target, truth), torch.tensor(expected))
 
 
-def test_adversarial_loss_is_zero_exactly_where_the_adversary_knows_the_frequencies_only():
-    target = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5], [0.0, 1.0, 0.0]])
-    logits = torch.log(target).clamp(min=-1e4)  # exp(-1e4) is 0: impossible given the label
-    loss = adversarial_loss(logits, target)
-    torch.testing.assert_close(loss, torch.zeros(3), rtol=0.0, atol=1e-7)
-    others = adversarial_loss(logits + torch.tensor([0.0, 0.5, 0.0]), target)
-    assert (others[:2] > 1e-3).all()
+def expected_loss(joint):
+    """Expected loss where the adversary is at its optimum for a joint table of h and y."""
+    logits = torch.log(joint / joint.sum(1, keepdim=True))
+    target = joint.sum(0, keepdim=True)
+    losses = [adversarial_loss(logits, target, torch.full((len(joint),), y)) for y in range(2)]
+    return float((joint * torch.stack(losses, dim=1)).sum())
 
 
-def test_adversarial_loss_of_a_uniform_adversary_by_hand():
+def test_against_the_best_adversary_the_loss_is_least_where_nothing_is_known():
+    """A joint table of two values of h and two unbalanced conditions, independent and not."""
+    independent = torch.tensor([[0.4, 0.1], [0.4, 0.1]])
+    least = expected_loss(independent)
+    entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))
+    assert least == pytest.approx(-2 / 50 * entropy)
+    for leak in (0.01, 0.05, -0.05, 0.09):
+        assert expected_loss(independent + leak * torch.tensor([[1, -1], [-1, 1]])) > least
+
+
+def test_the_loss_of_a_uniform_adversary_by_hand():
     # KL(p || uniform) = log n - H(p): for unbalanced conditions the optimum is not uniform
-    target = torch.tensor([[0.9, 0.1]])
-    expected = math.log(2) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1)
-    torch.testing.assert_close(
-        adversarial_loss(torch.zeros(1, 2), target), torch.tensor([expected])
-    )
+    expected = math.log(2) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1) - 2 / 50 * math.log(2)
+    loss = adversarial_loss(torch.zeros(1, 2), torch.tensor([[0.9, 0.1]]), torch.tensor([0]))
+    torch.testing.assert_close(loss, torch.tensor([expected]))
 
 
-def test_adversarial_loss_has_the_gradient_prediction_minus_target():
-    target = torch.tensor([[0.7, 0.3, 0.0]])
+def test_conditions_that_the_label_rules_out_cost_nothing():
+    target = torch.tensor([[0.5, 0.5, 0.0]])
+    logits = torch.log(target).clamp(min=-1e4)  # exp(-1e4) is 0
+    loss = adversarial_loss(logits, target, torch.tensor([1]))
+    torch.testing.assert_close(loss, torch.tensor([-3 / 50 * math.log(2)]))
+
+
+def test_the_gradient_of_the_adversarial_loss():
+    """Away from all conditions alike, and away from the cell's own."""
+    target, truth = torch.tensor([[0.7, 0.3, 0.0]]), torch.tensor([1])
     logits = torch.tensor([[1.0, -1.0, 0.5]], requires_grad=True)
-    (gradient,) = torch.autograd.grad(adversarial_loss(logits, target).sum(), logits)
-    torch.testing.assert_close(gradient, torch.softmax(logits, -1).detach() - target)
+    (gradient,) = torch.autograd.grad(adversarial_loss(logits, target, truth).sum(), logits)
+    prediction = torch.softmax(logits, -1).detach()
+    own = torch.tensor([[0.0, 1.0, 0.0]]) - prediction
+    torch.testing.assert_close(gradient, prediction - target + 3 / 50 * own)
 
 
 def test_adversarial_loss_pulls_where_the_gradient_of_the_entropy_vanishes():
     logits = torch.tensor([[40.0, 0.0]], requires_grad=True)  # a certain adversary
-    loss = adversarial_loss(logits, torch.tensor([[0.5, 0.5]]))
+    loss = adversarial_loss(logits, torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
     (pull,) = torch.autograd.grad(loss.sum(), logits)
     (entropy_pull,) = torch.autograd.grad(adversary_entropy(logits).sum(), logits)
     torch.testing.assert_close(pull, torch.tensor([[0.5, -0.5]]))

@@ -208,7 +208,8 @@ def test_the_game_sums_over_keys_and_classifiers_and_averages_over_cells(n_label
         for logits in classifiers:
             for i in range(N_CELLS):
                 log_g, p = torch.log_softmax(logits[i], -1), targets[key][rows[i]]
-                expected += float((p * (p.log() - log_g)).sum()) / N_CELLS
+                divergence = (p * (p.log() - log_g)).sum()
+                expected += float(divergence + 2 / 50 * log_g[truth[i]]) / N_CELLS
                 cross_entropy -= float(log_g[truth[i]]) / N_CELLS
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     assert float(metrics["adversary_cross_entropy"]) == pytest.approx(cross_entropy / 4, rel=1e-4)
