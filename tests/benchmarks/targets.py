@@ -113,8 +113,11 @@ def sizes(seeds):
     """Simulations at the ends of what the defaults are meant for; probes on 10,000 cells."""
     settings = {  # cells, genes, conditions
         "300 cells": (300, 300, 2),
-        "10,000 genes": (2_000, 10_000, 2),
+        "2 conditions": (10_000, 1_000, 2),
+        "5 conditions": (10_000, 1_000, 5),
+        "20 conditions": (10_000, 1_000, 20),
         "50 conditions": (10_000, 1_000, 50),
+        "10,000 genes": (2_000, 10_000, 2),
         "100,000 cells": (100_000, 1_000, 2),
     }
     rows = {}
