@@ -89,12 +89,15 @@ class Adversary(nn.Module):
         Its gradient reaches the adversary and not the representations.
         """
         total = 0.0
-        for name, representation in representations.items():
-            shift = self.labels[name](labels, None) if self.told_labels else None
-            heads = [parameter for head in self.heads[name] for parameter in head.parameters()]
-            total = total + _ClassifierLoss.apply(
-                representation, condition_index, shift, *self.first[name].parameters(), *heads
-            )
+        with torch.autocast(condition_index.device.type, enabled=False):
+            for name, representation in representations.items():
+                first = self.first[name]
+                shift = self.labels[name](labels, None) if self.told_labels else None
+                heads = [parameter for head in self.heads[name] for parameter in head.parameters()]
+                x = representation.to(first.weight.dtype)
+                total = total + _ClassifierLoss.apply(
+                    x, condition_index, shift, first.weight, first.bias, *heads
+                )
         return total
 
 

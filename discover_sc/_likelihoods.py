@@ -68,7 +68,7 @@ def reconstruction_losses(
         return [_poisson_loss(px.rate, nonzero) for px in likelihoods]
     counts, means = _Counts(nonzero, theta.detach()), [px.mu for px in likelihoods]
     if isinstance(likelihoods[0], ZeroInflatedNegativeBinomial):
-        zi_logits = [px.zi_logits for px in likelihoods]
+        zi_logits = [px.zi_logits.to(theta.dtype) for px in likelihoods]
         return list(_ZeroInflatedLosses.apply(theta, counts, *means, *zi_logits))
     return list(_NegativeBinomialLosses.apply(theta, counts, *means))
 

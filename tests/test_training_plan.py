@@ -258,6 +258,22 @@ def test_the_average_is_exponential_over_four_steps_together_and_its_start_does_
     assert module.weight.item() == 5.0
 
 
+@pytest.mark.parametrize("gene_likelihood", ["nb", "zinb", "poisson"])
+def test_training_in_bfloat16_is_training_up_to_rounding(adata, gene_likelihood):
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        scvi.settings.seed = 0
+        model = train_small(
+            adata,
+            model={"gene_likelihood": gene_likelihood},
+            train={"max_epochs": 3, "precision": precision},
+        )
+        losses.append(model.history["reconstruction_loss_train"].iloc[-1, 0])
+        assert np.isfinite(model.get_latent_representation()).all()
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+
+
 def test_training_ends_with_the_average_which_validation_judged(adata):
     """With decay 0 the average is the last state; otherwise it lags behind."""
     models = []
