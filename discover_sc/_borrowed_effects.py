@@ -163,5 +163,4 @@ class BorrowedEffects(LeftOut):
         return {
             "n_groups": 0,
             "n_left_out": len(self.errors),
-            "mean_weight_of_observed_changes": float(self.weight_beside().mean()),
         }

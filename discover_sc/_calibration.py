@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,11 +53,15 @@ class OwnChange:
 
 @dataclass(frozen=True)
 class GroupEstimate:
-    """Profile under source and target condition, and its standard error, ``(n_genes,)`` each."""
+    """Profile under source and target condition, and its standard error, ``(n_genes,)`` each.
+
+    ``observed_weight`` is the mean weight of observed changes in it; 0 where there were none.
+    """
 
     source: np.ndarray
     profile: np.ndarray
     error: np.ndarray
+    observed_weight: float = 0.0
 
 
 def trust(n_cells: int | np.ndarray) -> float | np.ndarray:
@@ -109,11 +113,14 @@ def combine(
         base, profile = base + parts.before, profile + parts.before
         together, apart = profile + parts.missed, base + parts.change
         return _with_error(base, (together + apart) / 2, parts.left_out, (together - apart) / 2)
+    weight = np.zeros_like(profile)
     if effects is not None:
-        profile = profile + effects.weight_beside() * (base + effects.change(base) - profile)
+        apart = base + effects.change(base) - profile
+        weight = effects.weight_beside(apart)
+        profile = profile + weight * apart
     if own is not None:
         profile = profile + trust(own.n_cells) * (base + own.change - profile)
-    return _with_error(base, profile, effects)
+    return replace(_with_error(base, profile, effects), observed_weight=float(weight.mean()))
 
 
 def uncalibrated(means: GroupMeans, left_out: LeftOut | None) -> GroupEstimate:

@@ -46,6 +46,8 @@ def estimate_profiles(
         estimates = [
             combine(m, c.effects, missed, c.own) for m, c in zip(means, changes, strict=True)
         ]
+        weights = [estimate.observed_weight for estimate in estimates]
+        choice["mean_weight_of_observed_changes"] = sum(weights) / len(weights)
     if model.module.gene_likelihood != "normal":
         estimates = [
             replace(e, source=closed(e.source), profile=closed(e.profile)) for e in estimates

@@ -28,6 +28,8 @@ class GroupEffects(LeftOut):
     control, treated
         Profiles of the groups, log1p of mean counts per 10,000, ``(n_groups, n_genes)`` each,
         at least one group.
+    noise
+        Mean over groups and genes of the sampling variance of the changes; 0: not known.
 
     Attributes
     ----------
@@ -40,7 +42,7 @@ class GroupEffects(LeftOut):
         itself where there is a single group.
     """
 
-    def __init__(self, control: np.ndarray, treated: np.ndarray) -> None:
+    def __init__(self, control: np.ndarray, treated: np.ndarray, noise: float = 0.0) -> None:
         self._control = control
         self._changes = treated - control
         between = euclidean_distances(control, control, squared=True)
@@ -53,7 +55,7 @@ class GroupEffects(LeftOut):
                     np.mean([r2_score(d, p) for d, p in zip(self._changes, left_out, strict=True)])
                 )
         self.power = max(self.scores, key=self.scores.get) if self.scores else _DEFAULT_POWER
-        super().__init__(control, self._leave_one_out(self.power), self._changes)
+        super().__init__(control, self._leave_one_out(self.power), self._changes, noise)
 
     def _leave_one_out(self, power: int) -> np.ndarray:
         """Return the change of each group as predicted from the others; 0 if it is alone."""
@@ -87,5 +89,4 @@ class GroupEffects(LeftOut):
             "n_groups": len(self.errors),
             "power": self.power,
             "lfc_r2_by_power": dict(self.scores),
-            "mean_weight_of_observed_changes": float(self.weight_beside().mean()),
         }

@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
 _N_ALIKE = 300  # left-out genes whose errors tell the error of a gene like them
+_LEAST_SHARE = 0.1  # of the mean squared error that is not the noise of what was left out
 
 
 class LeftOut:
@@ -17,6 +18,8 @@ class LeftOut:
         Profiles before the change, ``(n_left_out, n_genes)``.
     predicted, observed
         Predicted and observed changes, ``(n_left_out, n_genes)`` each.
+    noise
+        Mean over genes of the sampling variance of the observed changes; 0: not known.
 
     Attributes
     ----------
@@ -24,23 +27,45 @@ class LeftOut:
         Observed minus predicted changes, ``(n_left_out, n_genes)``.
     """
 
-    def __init__(self, control: np.ndarray, predicted: np.ndarray, observed: np.ndarray) -> None:
+    def __init__(
+        self,
+        control: np.ndarray,
+        predicted: np.ndarray,
+        observed: np.ndarray,
+        noise: float = 0.0,
+    ) -> None:
         self._levels, self._left_out = control + predicted, predicted
         self.errors = observed - predicted
+        self._noise = noise
 
-    def weight_beside(self) -> np.ndarray:
-        """Weight of a change predicted like these beside a second estimate, in (0, 1), per gene.
+    def weight_beside(self, apart: np.ndarray) -> np.ndarray:
+        r"""Weight of a change predicted like these beside a second estimate, in (0, 1), per gene.
 
         Inverse variances: that of this estimate is its squared error where it was left out, of
-        each gene; that of the second one is taken to be half of this one's mean over genes, and
-        the same for all genes. So genes that are badly predicted are left to the second estimate.
+        each gene; that of the second one is the same for all genes. So genes that are badly
+        predicted are left to the second estimate. Its variance is :meth:`variance_beside`, unless
+        the two lie further apart than that allows: with independent errors
+
+        .. math:: \overline{(a - b)^2} = \sigma_a^2 + \sigma_b^2,
+
+        and :math:`\sigma_a^2` is the squared error without the noise of what was left out.
+
+        Parameters
+        ----------
+        apart
+            This change minus that of the second estimate, ``(n_genes,)``.
         """
         variance = (self.errors**2).mean(axis=0)
-        second = self.variance_beside()
-        return second / (second + variance) if second > 0 else np.ones_like(variance)
+        mean = float(variance.mean())
+        if mean == 0:
+            return np.ones_like(variance)
+        own_share = max(1.0 - self._noise / mean, _LEAST_SHARE)
+        # both variances as if they held that noise, of which the weight is free
+        second = max(self.variance_beside(), float((apart**2).mean()) / own_share - mean)
+        return second / (second + variance)
 
     def variance_beside(self) -> float:
-        """Return the variance that a second estimate's error is taken to have."""
+        """Return the least variance that a second estimate's error is taken to have."""
         return float((self.errors**2).mean() / 2)
 
     def error_variance(self, profile: np.ndarray, change: np.ndarray) -> np.ndarray:

@@ -65,8 +65,9 @@ def observed_changes(
     if (known := _known_levels(model, target, source_codes)) is not None:
         return _borrowed(model, known, sources, targets, groups)
     profiles = (np.stack([side[g].profile for g in matched]) for side in (sources, targets))
-    effects = GroupEffects(*profiles)
-    factors = _factors(model, target, source_codes, sources, effects)
+    noise = _noise(model, [(sources[g], targets[g]) for g in matched])
+    effects = GroupEffects(*profiles, noise)
+    factors = _factors(model, target, source_codes, sources, effects, noise)
     own = {
         group: OwnChange(
             targets[group].profile - sources[group].profile,
@@ -77,12 +78,30 @@ def observed_changes(
     return [ObservedChanges(factors.get(group, effects), own.get(group)) for group in groups]
 
 
+def _noise(model: DISCoVeR, sides: list[tuple[GroupProfile, GroupProfile]]) -> float:
+    """Return the mean sampling variance of groups' changes; 0 where it is not known."""
+    if model.module.gene_likelihood == "normal":
+        return 0.0
+    theta = dispersion_of(model)
+    return float(np.mean([_change_variance(theta, *pair) for pair in sides]))
+
+
+def _change_variance(theta: np.ndarray, source: GroupProfile, target: GroupProfile) -> np.ndarray:
+    """Return the sampling variance of the change between two profiles, ``(n_genes,)``."""
+    between = (source.profile + target.profile) / 2
+    return sum(
+        sampling_variance(between, theta, side.n_cells, side.inverse_library)
+        for side in (source, target)
+    )
+
+
 def _factors(
     model: DISCoVeR,
     target: Target,
     source_codes: np.ndarray,
     sources: dict[str, GroupProfile],
     effects: GroupEffects,
+    noise: float,
 ) -> dict[str, FactorEffects]:
     """Return what all treatments together tell of each group, where they tell it better.
 
@@ -101,6 +120,7 @@ def _factors(
         levels.index(level),
         control=np.stack([source.profile for source in sources.values()]),
         second_variance=effects.variance_beside(),
+        noise=noise,
     )
     if max(factors.scores.values()) <= max(effects.scores.values()):
         return {}
@@ -158,11 +178,6 @@ def _borrowed(
     if not any(names[k] in profiles for profiles in treated for k in seen):
         return [ObservedChanges(None, None) for _ in groups]
 
-    def variance_of(group: str) -> np.ndarray:
-        sides = (sources[group], targets[group])
-        between = (sides[0].profile + sides[1].profile) / 2
-        return sum(sampling_variance(between, theta, s.n_cells, s.inverse_library) for s in sides)
-
     effects = BorrowedEffects(
         KnownChanges(
             np.stack([_changes(sources, profiles) for profiles in treated]),
@@ -170,7 +185,9 @@ def _borrowed(
         ),
         control=np.stack([sources[g].profile for g in names]),
         new=_changes(sources, targets)[seen],
-        variances=np.stack([variance_of(names[k]) for k in seen]),
+        variances=np.stack(
+            [_change_variance(theta, sources[names[k]], targets[names[k]]) for k in seen]
+        ),
         seen=seen,
         n_cells=np.array([targets[names[k]].n_cells for k in seen]),
     )

@@ -96,7 +96,9 @@ class FactorEffects(LeftOut):
     control
         Profiles of the groups before treatment, ``(n_groups, n_genes)``.
     second_variance
-        Variance of the error of a second estimate that stands beside this one.
+        Least variance of the error of a second estimate that stands beside this one.
+    noise
+        Mean over groups and genes of the sampling variance of the changes; 0: not known.
 
     Attributes
     ----------
@@ -107,7 +109,12 @@ class FactorEffects(LeftOut):
     """
 
     def __init__(
-        self, changes: np.ndarray, treatment: int, control: np.ndarray, second_variance: float
+        self,
+        changes: np.ndarray,
+        treatment: int,
+        control: np.ndarray,
+        second_variance: float,
+        noise: float = 0.0,
     ) -> None:
         seen = np.flatnonzero(~np.isnan(changes[treatment]).any(axis=-1))
         left_out = {n: _left_out(changes, treatment, seen, n) for n in _NUMBERS}
@@ -118,7 +125,7 @@ class FactorEffects(LeftOut):
         self.n_factors = max(self.scores, key=self.scores.get)
         self._in_groups = complete(changes, self.n_factors)[treatment]
         predicted = np.stack([left_out[self.n_factors][k] for k in seen])
-        super().__init__(control[seen], predicted, changes[treatment, seen])
+        super().__init__(control[seen], predicted, changes[treatment, seen], noise)
         self._second_variance = second_variance
 
     def of(self, group: int) -> FactorEffects:
@@ -132,7 +139,7 @@ class FactorEffects(LeftOut):
         return self._change
 
     def variance_beside(self) -> float:
-        """Return the variance of the second estimate's error, which these errors do not tell."""
+        """Return the least variance of the second estimate's error: these errors do not tell it."""
         return self._second_variance
 
     def summary(self) -> dict[str, object]:
@@ -141,7 +148,6 @@ class FactorEffects(LeftOut):
             "n_groups": len(self.errors),
             "n_factors": self.n_factors,
             "lfc_r2_by_factors": dict(self.scores),
-            "mean_weight_of_observed_changes": float(self.weight_beside().mean()),
         }
 
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from discover_sc._calibration import (
@@ -45,10 +46,11 @@ def test_observed_changes_and_the_model_are_weighed_gene_by_gene():
     effects = GroupEffects(control, control + [[1.0, 0.5], [1.2, 0.5], [0.8, -0.5]])
     estimate = combine(MEANS, effects)
     base, model = anchored(MEANS)
-    weight = effects.weight_beside()
+    weight = effects.weight_beside(base + effects.change(base) - model)
     expected = (1 - weight) * model + weight * (base + effects.change(base))
     np.testing.assert_allclose(estimate.profile, expected)
     assert weight[0] > weight[1]
+    assert estimate.observed_weight == pytest.approx(weight.mean())
     assert (estimate.error > 0).all()
 
 

@@ -70,7 +70,7 @@ def test_genes_that_answer_differently_from_group_to_group_are_left_to_the_other
     change = np.tile(RNG.normal(size=100), (5, 1))
     change[:, 0] += np.array([-3.0, 3.0, -3.0, 3.0, 0.0])
     change[:, 1:] += RNG.normal(0, 0.1, (5, 99))
-    weight = GroupEffects(control, control + change).weight_beside()
+    weight = GroupEffects(control, control + change).weight_beside(np.zeros(100))
     assert weight[0] < 0.02
     assert (weight[1:] > 0.5).all()
 
@@ -95,3 +95,21 @@ def test_the_error_covers_a_new_group_as_often_as_a_normal_error_would():
         error = np.sqrt(effects.error_variance(control[0] + predicted, predicted))
         covered.append(np.abs(change[0] - predicted) < 1.645 * error)
     assert 0.85 < np.mean(covered) < 0.95
+
+
+def test_a_second_estimate_that_lies_far_off_is_given_the_error_that_explains_it():
+    """Noisy observed changes, and a second estimate that errs far more than they do."""
+    rng = np.random.default_rng(0)
+    truth, noise = rng.normal(0, 0.3, 2000), 0.2
+    control = rng.normal(size=(5, 2000))
+    observed = truth + rng.normal(0, noise, (5, 2000))
+    effects = GroupEffects(control, control + observed, noise**2)
+    change = effects.change(control.mean(0))
+    own_error = np.square(change - truth).mean()
+    for size in (0.05, 0.2, 0.5):
+        second = truth + rng.normal(0, size, 2000)
+        weight = effects.weight_beside(change - second)
+        best = size**2 / (size**2 + own_error)
+        if size == 0.05:  # within what is assumed anyway: half of the mean squared error
+            best = 1 / 3
+        assert weight.mean() == pytest.approx(best, abs=0.1)

@@ -66,7 +66,7 @@ def test_factors_predict_what_the_distance_between_controls_cannot():
             for e in (effects.of(group), by_distance)
         )
         assert fit > max(0.95, fit_by_distance)
-    weight = effects.weight_beside()
+    weight = effects.weight_beside(np.zeros(N_GENES))
     assert weight.shape == (N_GENES,)
     assert ((weight > 0.5) & (weight < 1)).all()  # better than the second estimate
 

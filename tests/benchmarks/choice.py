@@ -4,9 +4,8 @@
 
 Each cell type's treated cells of the Kang data are taken out in turn and the network is trained
 anew. Inside the remaining types `predict_counterfactual` leaves groups out to choose the power by
-which like groups are weighed, and to weigh the observed changes beside the model, whose own error
-it takes to have half their variance. Here every alternative is forced on the same networks and
-judged by the cells that were taken out.
+which like groups are weighed, and to weigh the observed changes beside the model. Here every
+alternative is forced on the same networks and judged by the cells that were taken out.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from discover_sc.data import kang
 from discover_sc.evaluation._held_out import HeldOutGroup
 
 SCORES = ["lfc_r2", "lfc_r2_top20"]
-ALONE = {"model alone": 1e-9, "observed changes alone": 1e9}  # variance of the model's own error
+ALONE = {"model alone": 0.0, "observed changes alone": 1.0}  # weight of observed changes
 
 
 def network(train, seed):
@@ -43,8 +42,8 @@ def predictions(model, source):
         with patch.object(_group_effects, "_POWERS", (power,)):
             name = f"power {power}" + (" (chosen)" if power == chosen else "")
             yield name, model.predict_counterfactual(source, to="stim")
-    for name, variance in ALONE.items():
-        with patch.object(LeftOut, "variance_beside", lambda self, v=variance: v):
+    for name, weight in ALONE.items():
+        with patch.object(LeftOut, "weight_beside", lambda self, apart, w=weight: 0 * apart + w):
             yield name, model.predict_counterfactual(source, to="stim")
     for way in METHODS[1:]:
         yield f"way {way}", model.predict_counterfactual(source, to="stim", method=way)
