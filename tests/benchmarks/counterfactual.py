@@ -1,6 +1,7 @@
 """Hold out each cell type's treated cells of the Kang data and predict them by every method.
 
     DISCOVER_SC_DATA=FOLDER python tests/benchmarks/counterfactual.py [--seeds 3] [--out FOLDER]
+    python tests/benchmarks/counterfactual.py --data shallow      a simulation, 650 counts per cell
 
 Prints means per method and per cell type, and writes counterfactual.csv and counterfactual.png.
 """
@@ -12,12 +13,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from discover_sc.data import kang
+from discover_sc.data import kang, simulate
 from discover_sc.evaluation import benchmark_counterfactual, counterfactual_methods, gap_closed
 from discover_sc.plotting import plot_counterfactual_benchmark
 
 KEYS = {"condition_key": "condition", "labels_key": "cell_type", "control": "ctrl"}
 MAIN = ["lfc_r2", "lfc_r2_top20"]
+
+
+def shallow():
+    """Five types that answer nearly alike, 250 cells of each under each condition."""
+    effects = {"effect_scale": 0.7, "specific_effect_scale": 0.5}
+    adata = simulate(2500, 1000, n_types=5, mean_library_size=650, **effects, seed=3)
+    adata.obs["condition"] = adata.obs["condition"].cat.rename_categories({"treat_1": "stim"})
+    return adata
+
+
+DATA = {"kang": kang, "shallow": shallow}
 
 
 def report(table):
@@ -52,13 +64,14 @@ def ceiling_rows(table):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     available = counterfactual_methods(**KEYS)
+    parser.add_argument("--data", choices=list(DATA), default="kang")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=list(available), default=list(available))
     parser.add_argument("--out", type=Path, default=Path())
     arguments = parser.parse_args()
     methods = {name: available[name] for name in arguments.methods}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    adata, tables = kang(), []
+    adata, tables = DATA[arguments.data](), []
     for seed in range(arguments.seeds):
         tables.append(benchmark_counterfactual(adata, **KEYS, methods=methods, seeds=[seed]))
         result = pd.concat(tables, ignore_index=True)
