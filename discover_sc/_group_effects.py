@@ -29,7 +29,8 @@ class GroupEffects(LeftOut):
         Profiles of the groups, log1p of mean counts per 10,000, ``(n_groups, n_genes)`` each,
         at least one group.
     noise
-        Mean over groups and genes of the sampling variance of the changes; 0: not known.
+        Mean over groups and genes of the sampling variance of the changes; None: not
+        known.
 
     Attributes
     ----------
@@ -42,7 +43,9 @@ class GroupEffects(LeftOut):
         itself where there is a single group.
     """
 
-    def __init__(self, control: np.ndarray, treated: np.ndarray, noise: float = 0.0) -> None:
+    def __init__(
+        self, control: np.ndarray, treated: np.ndarray, noise: float | None = None
+    ) -> None:
         self._control = control
         self._changes = treated - control
         between = euclidean_distances(control, control, squared=True)

@@ -19,7 +19,7 @@ class LeftOut:
     predicted, observed
         Predicted and observed changes, ``(n_left_out, n_genes)`` each.
     noise
-        Mean over genes of the sampling variance of the observed changes; 0: not known.
+        Mean over genes of the sampling variance of the observed changes; None: not known.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class LeftOut:
         control: np.ndarray,
         predicted: np.ndarray,
         observed: np.ndarray,
-        noise: float = 0.0,
+        noise: float | None = None,
     ) -> None:
         self._levels, self._left_out = control + predicted, predicted
         self.errors = observed - predicted
@@ -48,7 +48,8 @@ class LeftOut:
 
         .. math:: \overline{(a - b)^2} = \sigma_a^2 + \sigma_b^2,
 
-        and :math:`\sigma_a^2` is the squared error without the noise of what was left out.
+        and :math:`\sigma_a^2` is the squared error without the noise of what was left out (if that
+        is known).
 
         Parameters
         ----------
@@ -56,12 +57,13 @@ class LeftOut:
             This change minus that of the second estimate, ``(n_genes,)``.
         """
         variance = (self.errors**2).mean(axis=0)
-        mean = float(variance.mean())
+        mean, second = float(variance.mean()), self.variance_beside()
         if mean == 0:
             return np.ones_like(variance)
-        own_share = max(1.0 - self._noise / mean, _LEAST_SHARE)
-        # both variances as if they held that noise, of which the weight is free
-        second = max(self.variance_beside(), float((apart**2).mean()) / own_share - mean)
+        if self._noise is not None:
+            own_share = max(1.0 - self._noise / mean, _LEAST_SHARE)
+            # as if both variances held that noise, which the weight does not depend on then
+            second = max(second, float((apart**2).mean()) / own_share - mean)
         return second / (second + variance)
 
     def variance_beside(self) -> float:

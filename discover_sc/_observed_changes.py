@@ -78,10 +78,10 @@ def observed_changes(
     return [ObservedChanges(factors.get(group, effects), own.get(group)) for group in groups]
 
 
-def _noise(model: DISCoVeR, sides: list[tuple[GroupProfile, GroupProfile]]) -> float:
-    """Return the mean sampling variance of groups' changes; 0 where it is not known."""
+def _noise(model: DISCoVeR, sides: list[tuple[GroupProfile, GroupProfile]]) -> float | None:
+    """Return the mean sampling variance of groups' changes; None where it is not known."""
     if model.module.gene_likelihood == "normal":
-        return 0.0
+        return None
     theta = dispersion_of(model)
     return float(np.mean([_change_variance(theta, *pair) for pair in sides]))
 
@@ -101,7 +101,7 @@ def _factors(
     source_codes: np.ndarray,
     sources: dict[str, GroupProfile],
     effects: GroupEffects,
-    noise: float,
+    noise: float | None,
 ) -> dict[str, FactorEffects]:
     """Return what all treatments together tell of each group, where they tell it better.
 

@@ -98,7 +98,8 @@ class FactorEffects(LeftOut):
     second_variance
         Least variance of the error of a second estimate that stands beside this one.
     noise
-        Mean over groups and genes of the sampling variance of the changes; 0: not known.
+        Mean over groups and genes of the sampling variance of the changes; None: not
+        known.
 
     Attributes
     ----------
@@ -114,7 +115,7 @@ class FactorEffects(LeftOut):
         treatment: int,
         control: np.ndarray,
         second_variance: float,
-        noise: float = 0.0,
+        noise: float | None = None,
     ) -> None:
         seen = np.flatnonzero(~np.isnan(changes[treatment]).any(axis=-1))
         left_out = {n: _left_out(changes, treatment, seen, n) for n in _NUMBERS}

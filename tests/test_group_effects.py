@@ -113,3 +113,5 @@ def test_a_second_estimate_that_lies_far_off_is_given_the_error_that_explains_it
         if size == 0.05:  # within what is assumed anyway: half of the mean squared error
             best = 1 / 3
         assert weight.mean() == pytest.approx(best, abs=0.1)
+    unknown = GroupEffects(control, control + observed).weight_beside(change - second)
+    assert unknown.mean() == pytest.approx(1 / 3, abs=0.1)
