@@ -39,7 +39,7 @@ class Adversary(nn.Module):
     ) -> None:
         super().__init__()
         labels = [n_labels] if n_labels else []
-        self.told_labels = bool(labels)
+        self.told_labels = n_labels > 0
         self.first = nn.ModuleDict({name: nn.Linear(n, _N_HIDDEN) for name, n in n_inputs.items()})
         self.labels = nn.ModuleDict({name: Covariates(labels, 0, _N_HIDDEN) for name in n_inputs})
         self.heads = nn.ModuleDict(

@@ -2,7 +2,7 @@
 
     DISCOVER_SC_DATA=FOLDER python tests/benchmarks/targets.py PART [--seeds 3]
 
-PART is one of: invariance, variants, composition, cytokines, sizes. Default arguments of the
+PART is one of: invariance, variants, composition, cytokines, sizes, second_term. Default arguments of the
 package throughout, unless the row says otherwise; each part prints a table.
 """
 
@@ -10,13 +10,14 @@ import argparse
 import os
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scvi
 
-from discover_sc import DISCoVeR, evaluation
+from discover_sc import DISCoVeR, _losses, evaluation
 from discover_sc.data import kang, simulate
 
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
@@ -133,7 +134,25 @@ def sizes(seeds):
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-PARTS = (invariance, variants, composition, cytokines, sizes)
+def second_term(seeds):
+    """Without the second adversarial term, and with its full weight on two conditions."""
+    settings = {f"{n} conditions, without": (n, np.inf) for n in (5, 20, 50)}
+    settings["Kang, full weight"] = (2, 2)
+    rows = {}
+    for seed in range(seeds):
+        for name, (n_conditions, n_of_full_weight) in settings.items():
+            on_kang = name.startswith("Kang")
+            adata = (
+                kang() if on_kang else simulate(10_000, 1_000, n_conditions=n_conditions, seed=seed)
+            )
+            with patch.object(_losses, "_N_LEVELS_OF_FULL_WEIGHT", n_of_full_weight):
+                model = fit(adata, seed)
+            accuracy = model.history["adversary_accuracy_train"].iloc[-1, 0]
+            rows[name, seed] = latent_row(model, adata) | {"adversary's own": accuracy}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+PARTS = (invariance, variants, composition, cytokines, sizes, second_term)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
