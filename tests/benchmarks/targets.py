@@ -141,10 +141,10 @@ def second_term(seeds):
     rows = {}
     for seed in range(seeds):
         for name, (n_conditions, n_of_full_weight) in settings.items():
-            on_kang = name.startswith("Kang")
-            adata = (
-                kang() if on_kang else simulate(10_000, 1_000, n_conditions=n_conditions, seed=seed)
-            )
+            if name.startswith("Kang"):
+                adata = kang()
+            else:
+                adata = simulate(10_000, 1_000, n_conditions=n_conditions, seed=seed)
             with patch.object(_losses, "_N_LEVELS_OF_FULL_WEIGHT", n_of_full_weight):
                 model = fit(adata, seed)
             accuracy = model.history["adversary_accuracy_train"].iloc[-1, 0]
