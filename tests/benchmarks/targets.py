@@ -2,8 +2,8 @@
 
     DISCOVER_SC_DATA=FOLDER python tests/benchmarks/targets.py PART [--seeds 3]
 
-PART is one of: invariance, variants, composition, cytokines, sizes, second_term. Default arguments of the
-package throughout, unless the row says otherwise; each part prints a table.
+PART is one of: invariance, variants, composition, cytokines, sizes, second_term. Default
+arguments of the package throughout, unless the row says otherwise; each part prints a table.
 """
 
 import argparse
