@@ -101,7 +101,7 @@ def adversarial_loss(logits: Tensor, target: Tensor, condition_index: Tensor) ->
     minimum lies at their frequencies and not at the uniform distribution. But it asks for
     uncertainty about every condition alike, so that what it does about a small shift of one of
     them falls with their number. The second moves each cell away from its own condition, whatever
-    their number; alone, or with its full weight on two conditions, it makes the game oscillate.
+    their number; with its full weight on two conditions the probes found more than with this one.
 
     Parameters
     ----------
