@@ -120,7 +120,7 @@ def check_choices(
         "gene_likelihood": (gene_likelihood, ("nb", "zinb", "poisson", "normal")),
         "dispersion": (dispersion, ("gene", "gene-batch")),
         "prior": (prior, ("learned", "class_mean")),
-        "adversary_input": (adversary_input, ("both", "reconstruction", "z")),
+        "adversary_input": (adversary_input, ("hidden", "both", "reconstruction", "z")),
         "invariance": (invariance, ("marginal", "conditional")),
         "decoder": (decoder, ("nonlinear", "linear")),
     }

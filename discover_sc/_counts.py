@@ -66,6 +66,11 @@ class NonZero:
         dense.view(-1).scatter_(0, self.flat, values)
         return dense
 
+    def fill(self, dense: Tensor, value: float) -> Tensor:
+        """Overwrite these entries of a contiguous tensor with one value; return it."""
+        dense.view(-1).index_fill_(0, self.flat, value)
+        return dense
+
     def sum_per_cell(self, values: Tensor) -> Tensor:
         """Return the sum of one value per entry over each cell, ``(n_cells,)``."""
         return values.new_zeros(self.shape[0]).scatter_add_(0, self.cell, values)

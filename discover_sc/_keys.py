@@ -11,6 +11,7 @@ QW_KEY = "qw"
 PW_KEY = "pw"
 PX_KEY = "px"
 PX_SHARED_KEY = "px_shared"
+SHARED_HIDDEN_KEY = "shared_hidden"
 THETA_KEY = "theta"
 LIBRARY_KEY = "library"
 

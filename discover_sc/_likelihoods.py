@@ -1,13 +1,13 @@
 """Reconstruction losses of the count likelihoods, fused: value and analytic gradient.
 
 Most counts are zero, and where :math:`x = 0` all terms in lgamma vanish. So the dense work is one
-logarithm per cell and gene; what non-zero counts add is evaluated on these alone and in double
-precision, because its large terms nearly cancel.
+logarithm per cell and gene; what non-zero counts add is evaluated on these alone, and in double
+precision on the large ones, whose terms nearly cancel.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,34 +87,58 @@ def _wide(values: Tensor) -> Tensor:
 
 
 class _Counts:
-    """What the losses under one theta share: the terms of the non-zero counts without mu.
+    """The non-zero counts under the theta that the losses share, and their terms without mu.
 
     Attributes
     ----------
     nonzero
         Positions of the counts.
-    x, theta
-        Counts and their inverse dispersions, in double precision, ``(n_entries,)``.
-    constant, constant_slope
-        Terms of the loss without mu, and their derivative with respect to theta.
+    all
+        The terms of every count, in the precision of theta.
+    exact, exact_at
+        Those of the counts whose large terms cancel, in double precision, and where they stand:
+        counts beyond the table and numbers that are no counts.
     """
 
     def __init__(self, nonzero: NonZero, theta: Tensor) -> None:
         self.nonzero = nonzero
-        self.x = _wide(nonzero.values)
-        self.theta = _wide(nonzero.pick(theta))
+        x, picked = nonzero.values.to(theta.dtype), nonzero.pick(theta)
         if len(theta) > 1 or nonzero.shape[0] == 1:  # too many thetas to tabulate
-            self.constant, self.constant_slope = _count_terms(self.x, self.theta)
-            return
-        row = nonzero.values.clamp(max=_N_TABULATED - 1).long()
-        position = row * len(theta[0]) + nonzero.gene
-        self.constant, self.constant_slope = (
-            _wide(table.view(-1).index_select(0, position)) for table in _tabulate(theta[0])
-        )
-        other = (nonzero.values != row).nonzero().squeeze(1)  # large, or no integer
-        terms = _count_terms(self.x.index_select(0, other), self.theta.index_select(0, other))
-        self.constant.index_copy_(0, other, terms[0])
-        self.constant_slope.index_copy_(0, other, terms[1])
+            self.exact_at = torch.arange(len(x), device=x.device)
+            self.all = _CountTerms(x, picked, torch.zeros_like(x), torch.zeros_like(x))
+        else:
+            row = nonzero.values.clamp(max=_N_TABULATED - 1).long()
+            position = row * len(theta[0]) + nonzero.gene
+            tables = (t.view(-1).index_select(0, position) for t in _tabulate(theta[0]))
+            self.exact_at = (nonzero.values != row).nonzero().squeeze(1)
+            self.all = _CountTerms(x, picked, *tables)
+        x, picked = (_wide(t.index_select(0, self.exact_at)) for t in (x, picked))
+        self.exact = _CountTerms(x, picked, *_count_terms(x, picked))
+
+
+class _CountTerms(NamedTuple):
+    """Counts, their inverse dispersions, and the loss without mu and its derivative by theta.
+
+    All of shape ``(n_entries,)``.
+    """
+
+    x: Tensor
+    theta: Tensor
+    constant: Tensor
+    constant_slope: Tensor
+
+    def loss(self, mu: Tensor, log_1u: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each count."""
+        log_mu = torch.log(mu + _EPS)
+        return self.constant + (self.x + self.theta) * log_1u - self.x * log_mu
+
+    def slopes(self, mu: Tensor, u: Tensor, log_1u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of each count's loss by mu and by theta."""
+        mu = mu + _EPS
+        total = mu + self.theta
+        slope = (mu - self.x) / mu * (self.theta / total)
+        weight = (self.x + self.theta) / total
+        return slope, self.constant_slope + log_1u - weight * u
 
 
 def _count_terms(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +159,7 @@ def _tabulate(theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # In the losses the dense terms are those of a zero; at the counts, the whole of an entry is put in
-# their place from the terms in double precision.
+# their place.
 
 
 class _NegativeBinomialLosses(Function):
@@ -145,31 +169,36 @@ class _NegativeBinomialLosses(Function):
     def forward(
         ctx: FunctionCtx, theta: Tensor, counts: _Counts, *means: Tensor
     ) -> tuple[Tensor, ...]:
-        entries = _Entries(means, counts)
-        dense = [_log_1u(mu, theta) for mu in means]
-        ctx.entries, ctx.dense = entries, dense
+        losses, ctx.dense, ctx.entries = [], [], []
+        for mu in means:
+            u, log_1u = _log_1u(mu, theta)
+            entries = _Entries(mu, u, log_1u, counts)
+            own = counts.nonzero.sum_per_cell(entries.loss())
+            # nothing below reads the dense terms at the counts
+            counts.nonzero.fill(log_1u, 0.0)
+            losses.append(own + _sum_weighted(log_1u, theta))
+            ctx.dense.append((u, log_1u))
+            ctx.entries.append(entries)
         ctx.save_for_backward(theta)
-        losses = (torch.mul(log_1u, theta) for _, log_1u in dense)
-        return tuple(
-            counts.nonzero.put(loss, own).sum(-1)
-            for loss, own in zip(losses, entries.loss().to(theta.dtype), strict=True)
-        )
+        return tuple(losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (theta,) = ctx.saved_tensors
-        nonzero = ctx.entries.nonzero
-        slopes, theta_slopes = (s.to(theta.dtype) for s in ctx.entries.slopes())
         mean_grads, theta_grad = [], None
-        for k, (grad, (u, log_1u)) in enumerate(zip(grads, ctx.dense, strict=True)):
+        for k, (grad, (u, log_1u), entries) in enumerate(
+            zip(grads, ctx.dense, ctx.entries, strict=True)
+        ):
+            nonzero = entries.counts.nonzero
+            own_slope, own_theta_slope = entries.slopes()
             slope = _slope(u, theta)
             if ctx.needs_input_grad[0]:
                 theta_slope = torch.addcmul(log_1u, u, slope, value=-1)
-                nonzero.put(theta_slope, theta_slopes[k])
+                nonzero.put(theta_slope, own_theta_slope)
                 theta_grad = _add_weighted(theta_grad, grad, theta_slope, len(theta))
             if ctx.needs_input_grad[2 + k]:
-                nonzero.put(slope, slopes[k])
+                nonzero.put(slope, own_slope)
                 mean_grads.append(slope.mul_(grad.unsqueeze(1)))
             else:
                 mean_grads.append(None)
@@ -190,17 +219,16 @@ class _ZeroInflatedLosses(Function):
     ) -> tuple[Tensor, ...]:
         n = len(means_and_logits) // 2
         means, zi_logits = means_and_logits[:n], means_and_logits[n:]
-        entries = _Entries(means, counts)
-        counted = torch.stack([counts.nonzero.pick(logits) for logits in zi_logits])
-        own_losses = (entries.loss() + F.softplus(_wide(counted))).to(theta.dtype)
-        losses, dense = [], []
-        for mu, logits, own in zip(means, zi_logits, own_losses, strict=True):
+        losses, ctx.dense, ctx.entries = [], [], []
+        for mu, logits in zip(means, zi_logits, strict=True):
             u, log_1u = _log_1u(mu, theta)
+            entries = _Entries(mu, u, log_1u, counts)
+            own = entries.loss().add_(F.softplus(counts.nonzero.pick(logits)))
             both = torch.mul(log_1u, theta).add_(logits).neg_()
             loss = F.softplus(-logits).sub_(F.softplus(both))
             losses.append(counts.nonzero.put(loss, own).sum(-1))
-            dense.append((u, log_1u, both))
-        ctx.entries, ctx.dense = entries, dense
+            ctx.dense.append((u, log_1u, both))
+            ctx.entries.append(entries)
         ctx.save_for_backward(theta, *zi_logits)
         return tuple(losses)
 
@@ -208,17 +236,17 @@ class _ZeroInflatedLosses(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         theta, *zi_logits = ctx.saved_tensors
-        nonzero = ctx.entries.nonzero
-        slopes, theta_slopes = (s.to(theta.dtype) for s in ctx.entries.slopes())
         mean_grads, logits_grads, theta_grad = [], [], None
-        for k, (grad, logits) in enumerate(zip(grads, zi_logits, strict=True)):
-            u, log_1u, both = ctx.dense[k]
-            per_cell = grad.unsqueeze(1)
+        for grad, logits, entries, (u, log_1u, both) in zip(
+            grads, zi_logits, ctx.entries, ctx.dense, strict=True
+        ):
+            nonzero, per_cell = entries.counts.nonzero, grad.unsqueeze(1)
+            own_slope, own_theta_slope = entries.slopes()
             counted = torch.sigmoid(both)  # probability that a zero comes from the NB
             slope = _slope(u, theta)
             if ctx.needs_input_grad[0]:
                 theta_slope = torch.addcmul(log_1u, u, slope, value=-1).mul_(counted)
-                nonzero.put(theta_slope, theta_slopes[k])
+                nonzero.put(theta_slope, own_theta_slope)
                 theta_grad = _add_weighted(theta_grad, grad, theta_slope, len(theta))
             if not any(ctx.needs_input_grad[2:]):
                 mean_grads.append(None)
@@ -227,7 +255,7 @@ class _ZeroInflatedLosses(Function):
             logits_slope = counted - torch.sigmoid(-logits)
             nonzero.put(logits_slope, torch.sigmoid(nonzero.pick(logits)))
             logits_grads.append(logits_slope.mul_(per_cell))
-            nonzero.put(slope.mul_(counted), slopes[k])
+            nonzero.put(slope.mul_(counted), own_slope)
             mean_grads.append(slope.mul_(per_cell))
         return theta_grad, None, *mean_grads, *logits_grads
 
@@ -236,6 +264,11 @@ def _log_1u(mu: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Return u and log(1 + u), ``(n_cells, n_genes)``."""
     u = mu / (theta + _EPS)
     return u, torch.log1p(u)
+
+
+def _sum_weighted(values: Tensor, theta: Tensor) -> Tensor:
+    """Return the sum over genes of values times theta, ``(n_cells,)``."""
+    return values @ theta[0] if len(theta) == 1 else (values * theta).sum(-1)
 
 
 def _slope(u: Tensor, theta: Tensor) -> Tensor:
@@ -251,25 +284,26 @@ def _add_weighted(total: Tensor | None, grad: Tensor, slope: Tensor, n_thetas: i
 
 
 class _Entries:
-    """What the counts' entries of the losses owe to mu, in double precision.
+    """What the counts' entries of one loss owe to mu."""
 
-    All of shape ``(n_likelihoods, n_entries)``.
-    """
-
-    def __init__(self, means: Sequence[Tensor], counts: _Counts) -> None:
-        self.counts, self.nonzero = counts, counts.nonzero
-        self.mu = _wide(torch.stack([counts.nonzero.pick(mu) for mu in means]))
-        self.u = self.mu / (counts.theta + _EPS)
-        self.log_1u = torch.log1p(self.u)
-        self.total = counts.x + counts.theta  # (n_entries,)
+    def __init__(self, mu: Tensor, u: Tensor, log_1u: Tensor, counts: _Counts) -> None:
+        pick = counts.nonzero.pick
+        self.counts = counts
+        self.mu, self.u, self.log_1u = pick(mu), pick(u), pick(log_1u)
+        self.exact_mu = _wide(self.mu.index_select(0, counts.exact_at))
+        self.exact_u = self.exact_mu / (counts.exact.theta + _EPS)
+        self.exact_log_1u = torch.log1p(self.exact_u)
 
     def loss(self) -> Tensor:
-        """Return the negative log-likelihood of each count."""
-        log_mu = torch.log(self.mu + _EPS)
-        return self.counts.constant + self.total * self.log_1u - self.counts.x * log_mu
+        """Return the negative log-likelihood of each count, ``(n_entries,)``."""
+        loss = self.counts.all.loss(self.mu, self.log_1u)
+        return self._put_exact(loss, self.counts.exact.loss(self.exact_mu, self.exact_log_1u))
 
     def slopes(self) -> tuple[Tensor, Tensor]:
-        """Return the derivatives of each count's loss by mu and by theta."""
-        weight = self.total / (self.mu + (self.counts.theta + _EPS))
-        slope = weight - self.counts.x / (self.mu + _EPS)
-        return slope, self.counts.constant_slope + self.log_1u - weight * self.u
+        """Return the derivatives of each count's loss by mu and by theta, ``(n_entries,)``."""
+        every = self.counts.all.slopes(self.mu, self.u, self.log_1u)
+        exact = self.counts.exact.slopes(self.exact_mu, self.exact_u, self.exact_log_1u)
+        return tuple(self._put_exact(e, x) for e, x in zip(every, exact, strict=True))
+
+    def _put_exact(self, every: Tensor, exact: Tensor) -> Tensor:
+        return every.index_copy_(0, self.counts.exact_at, exact.to(every.dtype))

@@ -83,8 +83,9 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         the mean of z over the condition's cells (needs ``n_latent_specific == n_latent``).
     adversary_input
         What the adversary reads: the expression decoded from z (``"reconstruction"``, as
-        published), the posterior mean ``"z"``, or ``"both"``, which left the condition in z at
-        chance in a third of the steps.
+        published), the posterior mean ``"z"``, ``"both"``, or ``"hidden"``: the posterior mean and
+        the last hidden layer of the shared decoder, of which the expression decoded from z is a
+        linear map and a softmax.
     invariance
         ``"marginal"``: z independent of the condition. ``"conditional"``: independent given the
         label, for data whose composition differs between conditions; needs ``labels_key``.
@@ -134,7 +135,7 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         gene_likelihood: Literal["nb", "zinb", "poisson", "normal"] = "nb",
         dispersion: Literal["gene", "gene-batch"] = "gene",
         prior: Literal["learned", "class_mean"] = "learned",
-        adversary_input: Literal["both", "reconstruction", "z"] = "both",
+        adversary_input: Literal["hidden", "both", "reconstruction", "z"] = "hidden",
         invariance: Literal["marginal", "conditional"] = "marginal",
         decoder: Literal["nonlinear", "linear"] = "nonlinear",
         reconstruction_weight: float = 0.8,

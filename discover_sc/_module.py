@@ -24,6 +24,7 @@ from ._keys import (
     PX_SHARED_KEY,
     QW_KEY,
     QZ_KEY,
+    SHARED_HIDDEN_KEY,
     THETA_KEY,
     W_KEY,
     Z_KEY,
@@ -43,6 +44,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+
+_READ_BY_ADVERSARY = {
+    "hidden": ("z", "hidden"),
+    "both": ("z", "reconstruction"),
+    "reconstruction": ("reconstruction",),
+    "z": ("z",),
+}
 
 
 class DiscoverVAE(BaseModuleClass):
@@ -104,7 +113,7 @@ class DiscoverVAE(BaseModuleClass):
         gene_likelihood: Literal["nb", "zinb", "poisson", "normal"] = "nb",
         dispersion: Literal["gene", "gene-batch"] = "gene",
         prior: Literal["learned", "class_mean"] = "learned",
-        adversary_input: Literal["both", "reconstruction", "z"] = "both",
+        adversary_input: Literal["hidden", "both", "reconstruction", "z"] = "hidden",
         invariance: Literal["marginal", "conditional"] = "marginal",
         decoder: Literal["nonlinear", "linear"] = "nonlinear",
         reconstruction_weight: float = 0.8,
@@ -160,9 +169,14 @@ class DiscoverVAE(BaseModuleClass):
         n_dispersions = n_batch if dispersion == "gene-batch" else 1
         self.log_theta = nn.Parameter(1.0 + 0.1 * torch.randn(n_dispersions, n_input))
 
-        widths = {"z": n_latent, "reconstruction": n_input}
+        self._read_by_adversary = _READ_BY_ADVERSARY[adversary_input]
+        widths = {
+            "z": n_latent,
+            "hidden": self.shared_decoder.n_hidden,
+            "reconstruction": n_input,
+        }
         self.adversary = Adversary(
-            {k: n for k, n in widths.items() if adversary_input in (k, "both")},
+            sum(widths[name] for name in self._read_by_adversary),
             self.n_levels,
             len(condition_targets[0]) if invariance == "conditional" else 0,
         )
@@ -267,11 +281,13 @@ class DiscoverVAE(BaseModuleClass):
         """Return both likelihoods, from z and w and from z alone, and the prior mean of w."""
         theta = self.theta(batch_index)
         covariates = (categories, continuous)
+        output = self.decoder(torch.cat([z, w], dim=-1), *covariates)
+        shared_hidden = self.shared_decoder.hidden(z, *covariates)
+        shared_output = self.shared_decoder.read_out(shared_hidden, *covariates)
         return {
-            PX_KEY: self._likelihood(
-                self.decoder(torch.cat([z, w], dim=-1), *covariates), library, theta
-            ),
-            PX_SHARED_KEY: self._likelihood(self.shared_decoder(z, *covariates), library, theta),
+            PX_KEY: self._likelihood(output, library, theta),
+            PX_SHARED_KEY: self._likelihood(shared_output, library, theta),
+            SHARED_HIDDEN_KEY: shared_hidden,
             PW_KEY: self.prior(z, condition_features),
             THETA_KEY: theta,
         }
@@ -348,24 +364,41 @@ class DiscoverVAE(BaseModuleClass):
 
     # ------------------------------------------------------------------- the game
 
-    def adversary_representations(
+    def representation(
         self, tensors: dict[str, Tensor], inference_outputs: dict, generative_outputs: dict
-    ) -> dict[str, Tensor]:
-        """Return what the adversary reads of each cell.
+    ) -> Tensor:
+        """Return what the adversary reads of each cell, ``(n_cells, n)``.
 
-        The posterior mean of z, noise-free, because that is what users and probes read; and the
-        logarithm of the expression decoded from z, zero inflation included, in multiples of the
-        mean gene so that neither depth nor the number of genes changes its scale. Covariates are
-        permuted between cells before that decoding: a batch that goes with a condition would tell
-        it.
+        One or several, side by side, of: the posterior mean of z, noise-free, because that is
+        what users and probes read; the last hidden layer of the shared decoder, of which the
+        expression decoded from z is a linear map and a softmax (zero inflation included), so that
+        it knows no more of the condition; and the logarithm of that expression, in multiples of
+        the mean gene so that neither depth nor the number of genes changes its scale.
+
+        Covariates are permuted between cells before the last two: a batch that goes with a
+        condition would tell it.
         """
-        representations = {"z": inference_outputs[QZ_KEY].loc}
-        if "reconstruction" in self.adversary.first:
-            px_shared = generative_outputs[PX_SHARED_KEY]
-            if self.has_covariates:
-                px_shared = self._decode_with_permuted_covariates(tensors, inference_outputs)
-            representations["reconstruction"] = self._as_read(px_shared)
-        return {k: v for k, v in representations.items() if k in self.adversary.first}
+        hidden, px_shared = generative_outputs[SHARED_HIDDEN_KEY], generative_outputs[PX_SHARED_KEY]
+        reads_reconstruction = "reconstruction" in self._read_by_adversary
+        if self.has_covariates:
+            batch_index, *covariates = self._permuted_covariates(tensors)
+            hidden = self.shared_decoder.hidden(inference_outputs[Z_KEY], *covariates)
+            if reads_reconstruction:
+                output = self.shared_decoder.read_out(hidden, *covariates)
+                library = inference_outputs[LIBRARY_KEY]
+                px_shared = self._likelihood(output, library, self.theta(batch_index))
+        parts = {"z": inference_outputs[QZ_KEY].loc, "hidden": hidden}
+        if reads_reconstruction:
+            parts["reconstruction"] = self._as_read(px_shared)
+        return torch.cat([parts[name] for name in self._read_by_adversary], dim=1)
+
+    def _permuted_covariates(
+        self, tensors: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the covariates, each cell's those of another cell."""
+        batch_index, *covariates = self.covariates(tensors)
+        order = torch.randperm(len(batch_index), device=batch_index.device)
+        return batch_index[order], *(c if c is None else c[order] for c in covariates)
 
     def _as_read(self, px: torch.distributions.Distribution) -> Tensor:
         if self.gene_likelihood == "normal":
@@ -374,20 +407,6 @@ class DiscoverVAE(BaseModuleClass):
         if self.gene_likelihood == "zinb":  # the inflation must not be a way past the adversary
             scale = scale * torch.sigmoid(-px.zi_logits)
         return torch.log1p(self.n_input * scale)
-
-    def _decode_with_permuted_covariates(
-        self, tensors: dict[str, Tensor], inference_outputs: dict
-    ) -> torch.distributions.Distribution:
-        batch_index, categories, continuous = self.covariates(tensors)
-        order = torch.randperm(len(batch_index), device=batch_index.device)
-        output = self.shared_decoder(
-            inference_outputs[Z_KEY],
-            categories[order],
-            None if continuous is None else continuous[order],
-        )
-        return self._likelihood(
-            output, inference_outputs[LIBRARY_KEY], self.theta(batch_index[order])
-        )
 
     def _labels(self, tensors: dict[str, Tensor]) -> Tensor:
         return tensors[REGISTRY_KEYS.LABELS_KEY].long()
@@ -400,32 +419,27 @@ class DiscoverVAE(BaseModuleClass):
             return [target[labels] for target in targets]
         return targets
 
-    def adversary_loss(self, representations: dict, tensors: dict[str, Tensor]) -> Tensor:
-        """Return the cross-entropy that the adversary minimises, summed over its classifiers."""
+    def adversary_loss(self, representation: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """Return the cross-entropy that the adversary minimises, summed over the keys."""
         condition_index = tensors[CONDITION_KEY].long()
-        return self.adversary.loss(representations, self._labels(tensors), condition_index)
+        return self.adversary.loss(representation, self._labels(tensors), condition_index)
 
     def game(
-        self, representations: dict, tensors: dict[str, Tensor]
+        self, representation: Tensor, tensors: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the adversarial loss of the model, and how well the adversary does.
 
         Returns
         -------
-        The loss, 0-d, in nats, summed over keys and classifiers; and ``adversary_cross_entropy``,
+        The loss, 0-d, in nats, summed over keys; and ``adversary_cross_entropy``,
         ``adversary_accuracy`` and ``adversary_entropy``, 0-d, averaged over them.
         """
         condition_index = tensors[CONDITION_KEY].long()
-        per_key = self.adversary(representations, self._labels(tensors))
+        per_key = self.adversary(representation, self._labels(tensors))
         losses, cross_entropy, accuracy, entropy = [], [], [], []
-        for key, (classifiers, target) in enumerate(
-            zip(per_key, self._targets(tensors), strict=True)
-        ):
-            n, logits = len(classifiers), torch.cat(classifiers)
-            truth = condition_index[:, key].repeat(n)
-            if len(target) > 1:  # one target per cell
-                target = target.repeat(n, 1)
-            losses.append(n * adversarial_loss(logits, target, truth).mean())
+        for key, (logits, target) in enumerate(zip(per_key, self._targets(tensors), strict=True)):
+            truth = condition_index[:, key]
+            losses.append(adversarial_loss(logits, target, truth).mean())
             with torch.no_grad():
                 cross_entropy.append(adversary_cross_entropy(logits, truth).mean())
                 accuracy.append((logits.argmax(-1) == truth).float().mean())

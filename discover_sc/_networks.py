@@ -137,7 +137,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents and covariates to gene-wise outputs, through hidden layers."""
+    """Latents and covariates to gene-wise outputs, through hidden layers.
+
+    ``forward`` is ``read_out`` of ``hidden``, the last hidden layer, ``(n_cells, n_hidden)``.
+    """
 
     def __init__(
         self,
@@ -152,14 +155,23 @@ class Decoder(nn.Module):
         covariates = Covariates(n_cats_per_key, n_continuous, n_hidden)
         self.hidden = HiddenLayers(n_latent, n_hidden, n_layers, 0.0, covariates)
         self.output = nn.Linear(n_hidden, n_output)
+        self.n_hidden = n_hidden
+
+    def read_out(self, hidden: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
+        """Return outputs of shape ``(n_cells, n_output)``; the covariates are in ``hidden``."""
+        return self.output(hidden)
 
     def forward(self, latent: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
         """Return outputs of shape ``(n_cells, n_output)``."""
-        return self.output(self.hidden(latent, categories, continuous))
+        covariates = (categories, continuous)
+        return self.read_out(self.hidden(latent, *covariates), *covariates)
 
 
 class LinearDecoder(nn.Module):
-    """Latents and covariates to gene-wise outputs, each a weighted sum: readable loadings."""
+    """Latents and covariates to gene-wise outputs, each a weighted sum: readable loadings.
+
+    There is no hidden layer: ``hidden`` is the latent, ``(n_cells, n_hidden)``.
+    """
 
     def __init__(
         self,
@@ -171,7 +183,16 @@ class LinearDecoder(nn.Module):
         super().__init__()
         self.loadings = nn.Linear(n_latent, n_output)
         self.covariates = Covariates(n_cats_per_key, n_continuous, n_output)
+        self.n_hidden = n_latent
+
+    def hidden(self, latent: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
+        """Return the latent."""
+        return latent
+
+    def read_out(self, hidden: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
+        """Return outputs of shape ``(n_cells, n_output)``."""
+        return self.loadings(hidden) + self.covariates(categories, continuous)
 
     def forward(self, latent: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
         """Return outputs of shape ``(n_cells, n_output)``."""
-        return self.loadings(latent) + self.covariates(categories, continuous)
+        return self.read_out(latent, categories, continuous)

@@ -160,17 +160,15 @@ class DiscoverTrainingPlan(TrainingPlan):
     # ----------------------------------------------------------------------- steps
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Step the adversary on detached representations, then the model against it."""
+        """Step the adversary on what it reads, detached, then the model against it."""
         model_optimizer, adversary_optimizer = self.optimizers()
         inference_outputs, generative_outputs, losses = self.module(
             batch, loss_kwargs={"kl_weight": self.kl_weight}
         )
-        representations = self.module.adversary_representations(
-            batch, inference_outputs, generative_outputs
-        )
+        representation = self.module.representation(batch, inference_outputs, generative_outputs)
         if self.module.adversarial_weight > 0:
-            self._step_adversary(adversary_optimizer.optimizer, representations, batch)
-        adversarial_loss, metrics = self._game(representations, batch)
+            self._step_adversary(adversary_optimizer.optimizer, representation, batch)
+        adversarial_loss, metrics = self._game(representation, batch)
         loss = losses.loss + self.module.adversarial_weight * adversarial_loss
         terms = self._terms(loss, losses, metrics)
         if not torch.isfinite(loss):
@@ -181,9 +179,10 @@ class DiscoverTrainingPlan(TrainingPlan):
         return loss.detach()
 
     def _step_adversary(
-        self, optimizer: torch.optim.Optimizer, representations: dict, batch: dict
+        self, optimizer: torch.optim.Optimizer, representation: Tensor, batch: dict
     ) -> None:
         """Take each step on cells of its own: several steps at the price of one on all cells."""
+        detached = representation.detach()
         told = {key: batch[key] for key in (CONDITION_KEY, REGISTRY_KEYS.LABELS_KEY)}
         n_cells = len(batch[CONDITION_KEY])
         size = -(-n_cells // self.n_adversary_steps)
@@ -191,16 +190,15 @@ class DiscoverTrainingPlan(TrainingPlan):
             part = slice(start, start + size)
             optimizer.zero_grad()
             loss = self.module.adversary_loss(
-                {name: tensor.detach()[part] for name, tensor in representations.items()},
-                {key: tensor[part] for key, tensor in told.items()},
+                detached[part], {key: tensor[part] for key, tensor in told.items()}
             )
             self.manual_backward(loss)
             optimizer.step()
 
-    def _game(self, representations: dict, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    def _game(self, representation: Tensor, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the model's adversarial loss; no gradient reaches the adversary itself."""
         self.module.adversary.requires_grad_(False)
-        game = self.module.game(representations, batch)
+        game = self.module.game(representation, batch)
         self.module.adversary.requires_grad_(True)
         return game
 
@@ -216,10 +214,8 @@ class DiscoverTrainingPlan(TrainingPlan):
         inference_outputs, generative_outputs, losses = self.module(
             batch, loss_kwargs={"kl_weight": self.kl_weight}
         )
-        representations = self.module.adversary_representations(
-            batch, inference_outputs, generative_outputs
-        )
-        adversarial_loss, metrics = self.module.game(representations, batch)
+        representation = self.module.representation(batch, inference_outputs, generative_outputs)
+        adversarial_loss, metrics = self.module.game(representation, batch)
         loss = losses.loss + self.module.adversarial_weight * adversarial_loss
         terms = self._terms(loss, losses, metrics)
         self._record("validation", terms, losses.n_obs_minibatch)

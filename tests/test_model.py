@@ -59,7 +59,7 @@ def test_covariates_size_factors_and_several_condition_keys_train_together(adata
     }
     model = train_small(adata, setup)
     assert model.conditions == {"condition": ["ctrl", "treat_1"], "dose": ["high", "low"]}
-    assert [h.out_features for h in model.module.adversary.heads["z"]] == [2, 2]
+    assert model.module.adversary.n_levels == [2, 2]
     source = adata[adata.obs["condition"] == "ctrl"].copy()
     predicted = model.predict_counterfactual(source, to={"condition": "treat_1"}, n_samples=2)
     assert (predicted.obs["dose"] == source.obs["dose"]).all()  # keys not named stay

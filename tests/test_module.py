@@ -28,8 +28,7 @@ def make_module(**options):
 
 def step_losses(module, tensors):
     inference, generative, losses = module(tensors)
-    representations = module.adversary_representations(tensors, inference, generative)
-    return representations, losses
+    return module.representation(tensors, inference, generative), losses
 
 
 def gradient_names(module):
@@ -42,9 +41,9 @@ def gradient_names(module):
 
 def test_the_model_loss_reaches_every_parameter_but_the_adversary():
     module, tensors = make_module(), make_tensors()
-    representations, losses = step_losses(module, tensors)
+    representation, losses = step_losses(module, tensors)
     module.adversary.requires_grad_(False)
-    (losses.loss + 100 * module.game(representations, tensors)[0]).backward()
+    (losses.loss + 100 * module.game(representation, tensors)[0]).backward()
     expected = {n for n, _ in module.named_parameters() if not n.startswith("adversary")}
     # the linear map before a batch normalisation has a bias without effect, hence no gradient
     biases = {n for n in expected if n.endswith("hidden.first.bias")}
@@ -53,9 +52,8 @@ def test_the_model_loss_reaches_every_parameter_but_the_adversary():
 
 def test_the_adversary_loss_reaches_every_adversary_parameter_and_no_other():
     module, tensors = make_module(), make_tensors()
-    representations, _ = step_losses(module, tensors)
-    detached = {k: v.detach() for k, v in representations.items()}
-    module.adversary_loss(detached, tensors).backward()
+    representation, _ = step_losses(module, tensors)
+    module.adversary_loss(representation.detach(), tensors).backward()
     expected = {n for n, _ in module.named_parameters() if n.startswith("adversary")}
     assert gradient_names(module) == expected
 
@@ -77,13 +75,28 @@ def test_z_does_not_see_the_condition_label():
     assert not torch.equal(module.posterior(tensors, "w").loc, module.posterior(flipped, "w").loc)
 
 
-@pytest.mark.parametrize("reads", ["both", "reconstruction", "z"])
+@pytest.mark.parametrize("reads", ["hidden", "both", "reconstruction", "z"])
 def test_the_adversary_reads_what_it_is_told_to(reads):
-    module, tensors = make_module(adversary_input=reads), make_tensors()
-    representations, _ = step_losses(module, tensors)
-    expected = {"z": 3, "reconstruction": N_GENES}
-    wanted = expected if reads == "both" else {reads: expected[reads]}
-    assert {k: v.shape[1] for k, v in representations.items()} == wanted
+    module, tensors = make_module(adversary_input=reads).eval(), make_tensors()
+    inference, generative, _ = module(tensors)
+    z = inference["qz"].loc
+    reconstruction = torch.log1p(N_GENES * generative["px_shared"].scale)
+    hidden = module.shared_decoder.hidden(inference["z"], torch.zeros(N_CELLS, 0).long(), None)
+    expected = {
+        "hidden": [z, hidden],
+        "both": [z, reconstruction],
+        "reconstruction": [reconstruction],
+        "z": [z],
+    }[reads]
+    read = module.representation(tensors, inference, generative)
+    torch.testing.assert_close(read, torch.cat(expected, dim=1))
+
+
+def test_what_a_linear_decoder_hides_is_the_latent():
+    module, tensors = make_module(decoder="linear").eval(), make_tensors()
+    inference, generative, _ = module(tensors)
+    read = module.representation(tensors, inference, generative)
+    assert torch.equal(read, torch.cat([inference["qz"].loc, inference["z"]], dim=1))
 
 
 def test_the_reconstruction_that_the_adversary_reads_is_free_of_depth():
@@ -92,11 +105,11 @@ def test_the_reconstruction_that_the_adversary_reads_is_free_of_depth():
     inference, _, _ = module(tensors)
     inputs = module._get_generative_input(tensors, inference)
     read = [
-        module.adversary_representations(
+        module.representation(
             tensors,
             inference,
             module.generative(**{**inputs, "library": inputs["library"] + shift}),
-        )["reconstruction"]
+        )
         for shift in (0.0, 3.0)
     ]
     torch.testing.assert_close(read[0], read[1])
@@ -108,23 +121,25 @@ def test_zero_inflation_is_part_of_what_the_adversary_reads():
     tensors = make_tensors()
     inference, generative, _ = module(tensors)
     px = generative["px_shared"]
-    read = module.adversary_representations(tensors, inference, generative)["reconstruction"]
+    read = module.representation(tensors, inference, generative)
     expected = px.mean / inference["library"].exp()  # scvi-tools' mean, inflation included
     torch.testing.assert_close(read, torch.log1p(N_GENES * expected))
     generative["px_shared"].zi_logits = px.zi_logits + 1.0
-    other = module.adversary_representations(tensors, inference, generative)["reconstruction"]
+    other = module.representation(tensors, inference, generative)
     assert (other < read).all()
 
 
-def test_the_adversary_cannot_read_the_batch_from_the_reconstruction():
+@pytest.mark.parametrize("reads", ["hidden", "reconstruction"])
+def test_the_adversary_cannot_read_the_batch_from_what_is_decoded(reads):
     """A batch that goes with the condition must not tell it: covariates are permuted first."""
-    module, tensors = make_module(n_batch=2, adversary_input="reconstruction"), make_tensors()
+    module, tensors = make_module(n_batch=2, adversary_input=reads), make_tensors()
     with torch.no_grad():
         module.shared_decoder.hidden.covariates.embeddings[0].weight[1] += 50.0
     module.eval()
     inference, generative, _ = module(tensors)
     inference["z"] = torch.zeros_like(inference["z"])  # only the batch could differ
-    read = module.adversary_representations(tensors, inference, generative)["reconstruction"]
+    inference["qz"] = torch.distributions.Normal(inference["z"], 1.0)
+    read = module.representation(tensors, inference, generative)
     batch = tensors[REGISTRY_KEYS.BATCH_KEY].squeeze()
     distinct = torch.unique(read.round(decimals=3), dim=0)
     assert len(distinct) == 2  # both batches are decoded,
@@ -192,27 +207,26 @@ def test_a_new_batch_level_leaves_reference_cells_as_they_are():
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_labels", [1, 3], ids=["marginal", "given the label"])
-def test_the_game_sums_over_keys_and_classifiers_and_averages_over_cells(n_labels):
+def test_the_game_sums_over_keys_and_averages_over_cells(n_labels):
     generator = torch.Generator().manual_seed(1)
     targets = [torch.softmax(torch.randn(n_labels, 2, generator=generator), -1) for _ in range(2)]
     invariance = "marginal" if n_labels == 1 else "conditional"
     module = DiscoverVAE(N_GENES, targets, invariance=invariance).eval()
     tensors = make_tensors(n_keys=2)
-    representations, _ = step_losses(module, tensors)
-    loss, metrics = module.game(representations, tensors)
+    representation, _ = step_losses(module, tensors)
+    loss, metrics = module.game(representation, tensors)
     labels = tensors[REGISTRY_KEYS.LABELS_KEY]
     rows = labels.squeeze(1) if n_labels > 1 else torch.zeros(N_CELLS, dtype=torch.long)
     expected, cross_entropy = 0.0, 0.0
-    for key, classifiers in enumerate(module.adversary(representations, labels)):
+    for key, logits in enumerate(module.adversary(representation, labels)):
         truth = tensors[CONDITION_KEY][:, key].long()
-        for logits in classifiers:
-            for i in range(N_CELLS):
-                log_g, p = torch.log_softmax(logits[i], -1), targets[key][rows[i]]
-                divergence = (p * (p.log() - log_g)).sum()
-                expected += float(divergence + 2 / 50 * log_g[truth[i]]) / N_CELLS
-                cross_entropy -= float(log_g[truth[i]]) / N_CELLS
+        for i in range(N_CELLS):
+            log_g, p = torch.log_softmax(logits[i], -1), targets[key][rows[i]]
+            divergence = (p * (p.log() - log_g)).sum()
+            expected += float(divergence + 2 / 50 * log_g[truth[i]]) / N_CELLS
+            cross_entropy -= float(log_g[truth[i]]) / N_CELLS
     assert float(loss) == pytest.approx(expected, rel=1e-4)
-    assert float(metrics["adversary_cross_entropy"]) == pytest.approx(cross_entropy / 4, rel=1e-4)
-    assert float(module.adversary_loss(representations, tensors)) == pytest.approx(
+    assert float(metrics["adversary_cross_entropy"]) == pytest.approx(cross_entropy / 2, rel=1e-4)
+    assert float(module.adversary_loss(representation, tensors)) == pytest.approx(
         cross_entropy, rel=1e-4
     )
