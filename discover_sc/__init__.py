@@ -4,8 +4,8 @@ from importlib.metadata import version
 
 from . import data, evaluation, plotting
 from ._effects import TreatmentEffect
+from ._invariance_stopping import InvarianceStopping
 from ._model import DISCoVeR
-from ._training_plan import InvarianceStopping
 
 __all__ = ["DISCoVeR", "InvarianceStopping", "TreatmentEffect", "data", "evaluation", "plotting"]
 __version__ = version("discover-sc")

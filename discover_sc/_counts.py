@@ -68,7 +68,7 @@ class NonZero:
 
     def fill(self, dense: Tensor, value: float) -> Tensor:
         """Overwrite these entries of a contiguous tensor with one value; return it."""
-        dense.view(-1).index_fill_(0, self.flat, value)
+        dense.view(-1).scatter_(0, self.flat, value)
         return dense
 
     def sum_per_cell(self, values: Tensor) -> Tensor:

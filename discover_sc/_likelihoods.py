@@ -103,7 +103,8 @@ class _Counts:
     def __init__(self, nonzero: NonZero, theta: Tensor) -> None:
         self.nonzero = nonzero
         x, picked = nonzero.values.to(theta.dtype), nonzero.pick(theta)
-        if len(theta) > 1 or nonzero.shape[0] == 1:  # too many thetas to tabulate
+        # too many thetas to tabulate; or a device that would have to tell how many are exact
+        if len(theta) > 1 or nonzero.shape[0] == 1 or x.device.type != "cpu":
             self.exact_at = torch.arange(len(x), device=x.device)
             self.all = _CountTerms(x, picked, torch.zeros_like(x), torch.zeros_like(x))
         else:
@@ -169,36 +170,30 @@ class _NegativeBinomialLosses(Function):
     def forward(
         ctx: FunctionCtx, theta: Tensor, counts: _Counts, *means: Tensor
     ) -> tuple[Tensor, ...]:
-        losses, ctx.dense, ctx.entries = [], [], []
-        for mu in means:
-            u, log_1u = _log_1u(mu, theta)
-            entries = _Entries(mu, u, log_1u, counts)
-            own = counts.nonzero.sum_per_cell(entries.loss())
-            # nothing below reads the dense terms at the counts
-            counts.nonzero.fill(log_1u, 0.0)
-            losses.append(own + _sum_weighted(log_1u, theta))
-            ctx.dense.append((u, log_1u))
-            ctx.entries.append(entries)
+        ctx.entries = _Entries(means, counts)
+        ctx.dense = [_log_1u(mu, theta) for mu in means]
         ctx.save_for_backward(theta)
+        losses = []
+        for (_, log_1u), own in zip(ctx.dense, ctx.entries.loss(), strict=True):
+            counts.nonzero.fill(log_1u, 0.0)  # nothing reads the dense terms at the counts
+            losses.append(counts.nonzero.sum_per_cell(own) + _sum_weighted(log_1u, theta))
         return tuple(losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (theta,) = ctx.saved_tensors
+        nonzero = ctx.entries.counts.nonzero
+        slopes, theta_slopes = ctx.entries.slopes()
         mean_grads, theta_grad = [], None
-        for k, (grad, (u, log_1u), entries) in enumerate(
-            zip(grads, ctx.dense, ctx.entries, strict=True)
-        ):
-            nonzero = entries.counts.nonzero
-            own_slope, own_theta_slope = entries.slopes()
+        for k, (grad, (u, log_1u)) in enumerate(zip(grads, ctx.dense, strict=True)):
             slope = _slope(u, theta)
             if ctx.needs_input_grad[0]:
                 theta_slope = torch.addcmul(log_1u, u, slope, value=-1)
-                nonzero.put(theta_slope, own_theta_slope)
+                nonzero.put(theta_slope, theta_slopes[k])
                 theta_grad = _add_weighted(theta_grad, grad, theta_slope, len(theta))
             if ctx.needs_input_grad[2 + k]:
-                nonzero.put(slope, own_slope)
+                nonzero.put(slope, slopes[k])
                 mean_grads.append(slope.mul_(grad.unsqueeze(1)))
             else:
                 mean_grads.append(None)
@@ -219,16 +214,16 @@ class _ZeroInflatedLosses(Function):
     ) -> tuple[Tensor, ...]:
         n = len(means_and_logits) // 2
         means, zi_logits = means_and_logits[:n], means_and_logits[n:]
-        losses, ctx.dense, ctx.entries = [], [], []
-        for mu, logits in zip(means, zi_logits, strict=True):
+        ctx.entries = _Entries(means, counts)
+        counted = torch.stack([counts.nonzero.pick(logits) for logits in zi_logits])
+        own_losses = ctx.entries.loss().add_(F.softplus(counted))
+        losses, ctx.dense = [], []
+        for mu, logits, own in zip(means, zi_logits, own_losses, strict=True):
             u, log_1u = _log_1u(mu, theta)
-            entries = _Entries(mu, u, log_1u, counts)
-            own = entries.loss().add_(F.softplus(counts.nonzero.pick(logits)))
             both = torch.mul(log_1u, theta).add_(logits).neg_()
             loss = F.softplus(-logits).sub_(F.softplus(both))
             losses.append(counts.nonzero.put(loss, own).sum(-1))
             ctx.dense.append((u, log_1u, both))
-            ctx.entries.append(entries)
         ctx.save_for_backward(theta, *zi_logits)
         return tuple(losses)
 
@@ -236,17 +231,18 @@ class _ZeroInflatedLosses(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         theta, *zi_logits = ctx.saved_tensors
+        nonzero = ctx.entries.counts.nonzero
+        slopes, theta_slopes = ctx.entries.slopes()
         mean_grads, logits_grads, theta_grad = [], [], None
-        for grad, logits, entries, (u, log_1u, both) in zip(
-            grads, zi_logits, ctx.entries, ctx.dense, strict=True
+        for k, (grad, logits, (u, log_1u, both)) in enumerate(
+            zip(grads, zi_logits, ctx.dense, strict=True)
         ):
-            nonzero, per_cell = entries.counts.nonzero, grad.unsqueeze(1)
-            own_slope, own_theta_slope = entries.slopes()
+            per_cell = grad.unsqueeze(1)
             counted = torch.sigmoid(both)  # probability that a zero comes from the NB
             slope = _slope(u, theta)
             if ctx.needs_input_grad[0]:
                 theta_slope = torch.addcmul(log_1u, u, slope, value=-1).mul_(counted)
-                nonzero.put(theta_slope, own_theta_slope)
+                nonzero.put(theta_slope, theta_slopes[k])
                 theta_grad = _add_weighted(theta_grad, grad, theta_slope, len(theta))
             if not any(ctx.needs_input_grad[2:]):
                 mean_grads.append(None)
@@ -255,7 +251,7 @@ class _ZeroInflatedLosses(Function):
             logits_slope = counted - torch.sigmoid(-logits)
             nonzero.put(logits_slope, torch.sigmoid(nonzero.pick(logits)))
             logits_grads.append(logits_slope.mul_(per_cell))
-            nonzero.put(slope.mul_(counted), own_slope)
+            nonzero.put(slope.mul_(counted), slopes[k])
             mean_grads.append(slope.mul_(per_cell))
         return theta_grad, None, *mean_grads, *logits_grads
 
@@ -284,26 +280,25 @@ def _add_weighted(total: Tensor | None, grad: Tensor, slope: Tensor, n_thetas: i
 
 
 class _Entries:
-    """What the counts' entries of one loss owe to mu."""
+    """What the counts' entries of the losses owe to mu: all of ``(n_likelihoods, n_entries)``."""
 
-    def __init__(self, mu: Tensor, u: Tensor, log_1u: Tensor, counts: _Counts) -> None:
-        pick = counts.nonzero.pick
+    def __init__(self, means: Sequence[Tensor], counts: _Counts) -> None:
         self.counts = counts
-        self.mu, self.u, self.log_1u = pick(mu), pick(u), pick(log_1u)
-        self.exact_mu = _wide(self.mu.index_select(0, counts.exact_at))
-        self.exact_u = self.exact_mu / (counts.exact.theta + _EPS)
-        self.exact_log_1u = torch.log1p(self.exact_u)
+        self.mu = torch.stack([counts.nonzero.pick(mu) for mu in means])
+        self.exact_mu = _wide(self.mu.index_select(1, counts.exact_at))
+        self.u, self.log_1u = _log_1u(self.mu, counts.all.theta)
+        self.exact_u, self.exact_log_1u = _log_1u(self.exact_mu, counts.exact.theta)
 
     def loss(self) -> Tensor:
-        """Return the negative log-likelihood of each count, ``(n_entries,)``."""
+        """Return the negative log-likelihood of each count."""
         loss = self.counts.all.loss(self.mu, self.log_1u)
         return self._put_exact(loss, self.counts.exact.loss(self.exact_mu, self.exact_log_1u))
 
     def slopes(self) -> tuple[Tensor, Tensor]:
-        """Return the derivatives of each count's loss by mu and by theta, ``(n_entries,)``."""
+        """Return the derivatives of each count's loss by mu and by theta."""
         every = self.counts.all.slopes(self.mu, self.u, self.log_1u)
         exact = self.counts.exact.slopes(self.exact_mu, self.exact_u, self.exact_log_1u)
         return tuple(self._put_exact(e, x) for e, x in zip(every, exact, strict=True))
 
     def _put_exact(self, every: Tensor, exact: Tensor) -> Tensor:
-        return every.index_copy_(0, self.counts.exact_at, exact.to(every.dtype))
+        return every.index_copy_(1, self.counts.exact_at, exact.to(every.dtype))

@@ -96,8 +96,7 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
     kl_z_weight, kl_w_weight
         Weights of the KL terms.
     adversarial_weight
-        Weight of the adversarial term, of each key and each representation that the adversary
-        reads; 0 trains without adversary.
+        Weight of the adversarial term of each key; 0 trains without adversary.
 
     Raises
     ------
@@ -108,8 +107,8 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
     Notes
     -----
     Defaults are chosen by measurement (user guide, *The model*). The paper's:
-    ``adversary_input="reconstruction"``, ``kl_w_weight=1e-2``, one adversary step
-    (``plan_kwargs={"n_adversary_steps": 1}``); its adversarial term is an entropy, see there.
+    ``adversary_input="reconstruction"``, ``kl_w_weight=1e-2``; its adversarial term is an entropy,
+    see there.
 
     Examples
     --------

@@ -9,9 +9,10 @@ import lightning.pytorch as pl
 from scvi.model.base import UnsupervisedTrainingMixin
 
 from ._dispersion import fit_dispersion
+from ._invariance_stopping import InvarianceStopping
 from ._new_condition import add_condition
 from ._reference import encode_reference
-from ._training_plan import DiscoverTrainingPlan, InvarianceStopping
+from ._training_plan import DiscoverTrainingPlan
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -1,30 +1,30 @@
-"""The two-optimiser game under Lightning, and the stop when fresh probes find nothing."""
+"""The two-optimiser game under Lightning."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-import lightning.pytorch as pl
-import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.train import TrainingPlan
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from ._epoch_terms import EpochTerms
 from ._keys import CONDITION_KEY
 from ._optimizer import AdamW
-from .evaluation import condition_probes
+from ._running_average import RunningAverage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from scvi.dataloaders import DataSplitter
     from scvi.module.base import LossOutput
     from torch import Tensor
 
     from ._module import DiscoverVAE
+
+
+_N_STEPS_UNWATCHED = 50  # between looks at whether all is finite: each look waits for the device
 
 
 class DiscoverTrainingPlan(TrainingPlan):
@@ -76,7 +76,7 @@ class DiscoverTrainingPlan(TrainingPlan):
         adversary_lr: float = 1e-3,
         weight_decay: float = 0.1,
         eps: float = 1e-8,
-        n_adversary_steps: int = 3,
+        n_adversary_steps: int = 1,
         averaging_decay: float = 0.99,
         gradient_clip_val: float | None = None,
         n_epochs_kl_warmup: int | None = None,
@@ -123,9 +123,8 @@ class DiscoverTrainingPlan(TrainingPlan):
         self.adversary_lr = adversary_lr
         self.n_adversary_steps = n_adversary_steps
         self.gradient_clip_val = gradient_clip_val
-        self._average = _RunningAverage(module, averaging_decay)
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "validation": {}}
-        self._n_cells = {"train": 0, "validation": 0}
+        self._average = RunningAverage(module, averaging_decay)
+        self._epoch = {"train": EpochTerms(), "validation": EpochTerms()}
 
     # ------------------------------------------------------------------ optimisers
 
@@ -170,12 +169,11 @@ class DiscoverTrainingPlan(TrainingPlan):
             self._step_adversary(adversary_optimizer.optimizer, representation, batch)
         adversarial_loss, metrics = self._game(representation, batch)
         loss = losses.loss + self.module.adversarial_weight * adversarial_loss
-        terms = self._terms(loss, losses, metrics)
-        if not torch.isfinite(loss):
-            self._stop_at_finite_state(terms)
         self._step_model(model_optimizer, loss)
         self._average.update()
-        self._record("train", terms, losses.n_obs_minibatch)
+        self._epoch["train"].add(self._terms(loss, losses, metrics), losses.n_obs_minibatch)
+        if batch_idx % _N_STEPS_UNWATCHED == 0 or self.trainer.is_last_batch:
+            self._check_terms()
         return loss.detach()
 
     def _step_adversary(
@@ -217,8 +215,7 @@ class DiscoverTrainingPlan(TrainingPlan):
         representation = self.module.representation(batch, inference_outputs, generative_outputs)
         adversarial_loss, metrics = self.module.game(representation, batch)
         loss = losses.loss + self.module.adversarial_weight * adversarial_loss
-        terms = self._terms(loss, losses, metrics)
-        self._record("validation", terms, losses.n_obs_minibatch)
+        self._epoch["validation"].add(self._terms(loss, losses, metrics), losses.n_obs_minibatch)
 
     # --------------------------------------------------------------------- metrics
 
@@ -226,27 +223,18 @@ class DiscoverTrainingPlan(TrainingPlan):
     def _terms(loss: Tensor, losses: LossOutput, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return every term of a minibatch, as means over its cells."""
         n = losses.n_obs_minibatch
-        terms = {
+        return {
             "loss": loss,
             "reconstruction_loss": losses.reconstruction_loss_sum / n,
             "kl_local": losses.kl_local_sum / n,
             **losses.extra_metrics,
             **metrics,
         }
-        return {name: value.detach() for name, value in terms.items()}
-
-    def _record(self, mode: str, terms: dict[str, Tensor], n_cells: int) -> None:
-        """Add a minibatch to the sums of the epoch, on the device."""
-        sums = self._sums[mode]
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + n_cells * value
-        self._n_cells[mode] += n_cells
 
     def _log_epoch(self, mode: str) -> dict[str, float]:
         """Log the means over the cells of the epoch under the keys of ``model.history``."""
-        means = {name: float(s) / self._n_cells[mode] for name, s in self._sums[mode].items()}
+        means = self._epoch[mode].pop_means()
         means["elbo"] = means["reconstruction_loss"] + means["kl_local"]
-        self._sums[mode], self._n_cells[mode] = {}, 0
         self.log_dict({f"{name}_{mode}": mean for name, mean in means.items() if name != "loss"})
         self.log(f"{mode}_loss", means["loss"], prog_bar=mode == "train")
         return means
@@ -283,7 +271,7 @@ class DiscoverTrainingPlan(TrainingPlan):
     def on_train_epoch_end(self) -> None:
         """Log the epoch and remember its last state, if the last step left it finite."""
         if not all(bool(torch.isfinite(p).all()) for p in self.module.parameters()):
-            self._stop_at_finite_state({})
+            self._stop_at_finite_state([])
         self._log_epoch("train")
         self.log_dict(self.module.chance())
         self._remember_state()
@@ -293,15 +281,15 @@ class DiscoverTrainingPlan(TrainingPlan):
             state = self.module.state_dict()
             self._finite_state = {name: value.detach().clone() for name, value in state.items()}
 
-    def _stop_at_finite_state(self, terms: dict[str, Tensor]) -> None:
+    def _check_terms(self) -> None:
+        if broken := self._epoch["train"].broken():
+            self._stop_at_finite_state(broken)
+
+    def _stop_at_finite_state(self, terms: list[str]) -> None:
         """Go back to the last finite state and say which terms of the loss were not finite."""
         self.module.load_state_dict(self._finite_state)
-        broken = [
-            name
-            for name, value in terms.items()
-            if name not in ("loss", "kl_local") and not torch.isfinite(value)
-        ]
-        what = f"The term {' and '.join(broken)}" if broken else "A parameter of the model"
+        named = [name for name in terms if name not in ("loss", "kl_local")]
+        what = f"The term {' and '.join(named)}" if named else "A parameter of the model"
         raise FloatingPointError(
             f"{what} is not finite in epoch {self.current_epoch}; training stopped and the model "
             "keeps its state from the end of the epoch before. Try a smaller learning rate "
@@ -311,169 +299,9 @@ class DiscoverTrainingPlan(TrainingPlan):
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's validation terms and step the learning-rate schedule."""
-        if self._n_cells["validation"]:
+        if self._epoch["validation"].n_cells:
             means = self._log_epoch("validation")
             if self.reduce_lr_on_plateau:
                 named = {f"{k}_validation": v for k, v in means.items()}
                 named["validation_loss"] = means["loss"]
                 self.lr_schedulers().step(named[self.lr_scheduler_metric])
-
-
-class _RunningAverage:
-    """Exponential average over steps of a module's parameters and floating-point buffers.
-
-    A few steps are taken together, weighted as the one at their end: moving all parameters costs
-    as much as a large layer.
-    """
-
-    _N_TOGETHER = 4
-
-    def __init__(self, module: DiscoverVAE, decay: float) -> None:
-        self._module = module
-        self._decay = decay
-
-    def start(self) -> None:
-        """Begin at the present state."""
-        self._n_steps, self._n_waiting = 0, 0
-        state = self._module.state_dict().values()  # detached, and sharing memory with the module
-        self._present = [value for value in state if value.is_floating_point()]
-        self._average = [value.clone() for value in self._present]
-
-    def update(self) -> None:
-        """Count a step, and move towards the present state when enough have been taken."""
-        self._n_steps += 1
-        self._n_waiting += 1
-        if self._n_waiting == self._N_TOGETHER:
-            self._move()
-
-    @torch.no_grad()
-    def _move(self) -> None:
-        """Early steps count less, or the start would linger."""
-        decay = min(self._decay, self._n_steps / (self._n_steps + 10)) ** self._n_waiting
-        torch._foreach_lerp_(self._average, self._present, 1 - decay)
-        self._n_waiting = 0
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the average, brought up to the last step, and the module's state."""
-        if self._n_waiting:
-            self._move()
-        for average, present in zip(self._average, self._present, strict=True):
-            kept = present.clone()
-            present.copy_(average)
-            average.copy_(kept)
-
-
-class InvarianceStopping(pl.Callback):
-    """End training when fresh probes on held-out cells cannot tell the condition from z.
-
-    Every ``every_n_epochs`` epochs a logistic and a 15-nearest-neighbour probe are fitted on the
-    posterior means of training cells and judged on validation cells. A check is passed if the
-    balanced accuracy of both lies within two standard errors of chance, for each condition key;
-    ``patience`` passed checks in a row end the training. The worst excess over chance, scaled so
-    that a perfect probe has 1, stands in ``model.history["condition_excess_validation"]``.
-
-    Parameters
-    ----------
-    every_n_epochs
-        Epochs between checks; None: about every 200 steps.
-    patience
-        Passed checks in a row that end the training.
-    min_steps
-        Steps of the model before the first check: a young z can be blind to everything.
-    max_cells
-        Most training cells the probes are fitted on.
-
-    Raises
-    ------
-    ValueError
-        When training starts without validation cells, or with such of one condition only.
-
-    Examples
-    --------
-    >>> stop = InvarianceStopping(patience=5)
-    >>> stop.patience
-    5
-    """
-
-    def __init__(
-        self,
-        every_n_epochs: int | None = None,
-        patience: int = 3,
-        min_steps: int = 600,
-        max_cells: int = 4000,
-    ) -> None:
-        self.every_n_epochs = every_n_epochs
-        self.patience = patience
-        self.min_steps = min_steps
-        self.max_cells = max_cells
-        self._n_passed = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: DiscoverTrainingPlan) -> None:
-        """Start afresh; refuse to judge without held-out cells."""
-        self._n_passed = 0
-        if len(trainer.datamodule.val_idx) == 0:
-            raise ValueError(
-                "Stopping on invariance needs validation cells and there are none. "
-                "Choose train_size below 1, or train without early stopping."
-            )
-        self._check_conditions(trainer.datamodule)
-
-    @staticmethod
-    def _check_conditions(data: DataSplitter) -> None:
-        codes = np.asarray(data.adata_manager.get_from_registry(CONDITION_KEY))
-        for key, column in enumerate(codes.T):
-            for name, cells in (("training", data.train_idx), ("validation", data.val_idx)):
-                if len(np.unique(column[cells])) < 2:
-                    raise ValueError(
-                        f"Stopping on invariance needs {name} cells of at least two levels of each "
-                        f"condition key; the {len(cells)} {name} cells hold one level of key "
-                        f"{key}. Choose another train_size or split, or train without early "
-                        "stopping."
-                    )
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: DiscoverTrainingPlan) -> None:
-        """Probe, log, and stop if nothing was found often enough."""
-        every = self.every_n_epochs or max(1, round(200 / trainer.num_training_batches))
-        due = (trainer.current_epoch + 1) % every == 0
-        if not due or trainer.global_step < self.min_steps:
-            return
-        with pl_module.averaged():
-            excess, passed = self._check(trainer, pl_module)
-        pl_module.log("condition_excess_validation", excess)
-        self._n_passed = self._n_passed + 1 if passed else 0
-        if self._n_passed >= self.patience:
-            trainer.should_stop = True
-
-    def _check(self, trainer: pl.Trainer, pl_module: DiscoverTrainingPlan) -> tuple[float, bool]:
-        data = trainer.datamodule
-        z_train, y_train = _encode(pl_module.module, data.train_dataloader(), self.max_cells)
-        z_test, y_test = _encode(pl_module.module, data.val_dataloader(), self.max_cells)
-        excesses, passed = [], True
-        for key in range(y_train.shape[1]):
-            accuracies, chance, error = condition_probes(
-                z_train, y_train[:, key], z_test, y_test[:, key]
-            )
-            worst = max(accuracies.values())
-            excesses.append((worst - chance) / (1 - chance))
-            passed &= worst <= chance + 2 * error
-        return max(excesses), passed
-
-
-@torch.no_grad()
-def _encode(
-    module: DiscoverVAE, dataloader: Iterable[dict[str, Tensor]], max_cells: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return posterior means of z and condition codes of at most ``max_cells`` cells."""
-    was_training = module.training
-    module.eval()
-    parts = defaultdict(list)
-    n_cells = 0
-    for tensors in dataloader:
-        parts["z"].append(module.posterior(tensors, "z").loc.cpu().numpy())
-        parts["y"].append(tensors[CONDITION_KEY].long().cpu().numpy())
-        n_cells += len(parts["y"][-1])
-        if n_cells >= max_cells:
-            break
-    module.train(was_training)
-    return np.concatenate(parts["z"]), np.concatenate(parts["y"])

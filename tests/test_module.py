@@ -2,6 +2,7 @@ import pytest
 import torch
 from scvi import REGISTRY_KEYS
 
+from discover_sc import DISCoVeR
 from discover_sc._keys import CONDITION_KEY
 from discover_sc._module import DiscoverVAE
 
@@ -230,3 +231,19 @@ def test_the_game_sums_over_keys_and_averages_over_cells(n_labels):
     assert float(module.adversary_loss(representation, tensors)) == pytest.approx(
         cross_entropy, rel=1e-4
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_module_has_the_same_loss_and_gradients(adata):
+    DISCoVeR.setup_anndata(adata, condition_key="condition")
+    model = DISCoVeR(adata)
+    tensors = next(iter(model._make_data_loader(adata, load_sparse_tensor=True)))
+    module, found = model.module.train(), []
+    for forward in (module, torch.compile(module, backend="eager")):
+        torch.manual_seed(0)
+        module.zero_grad()
+        forward(tensors)[2].loss.backward()
+        found.append(
+            {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+        )
+    torch.testing.assert_close(*found)
