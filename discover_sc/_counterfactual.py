@@ -136,7 +136,7 @@ class Neighbors:
         self._sides = []
         for side in (reference.is_target, reference.is_source):
             mask = reference.matched(side)
-            index = NearestNeighbors(n_neighbors=min(_N_NEIGHBORS, mask.sum()))
+            index = NearestNeighbors(n_neighbors=min(_N_NEIGHBORS, mask.sum()), algorithm="brute")
             self._sides.append((index.fit(reference.z[mask]), reference.w[mask]))
         return self
 
@@ -166,7 +166,7 @@ class Groups:
         self._changes = np.stack([_mean_change(reference, group) for group in groups])
         cells = reference.matched(reference.is_source)
         self._membership = reference.groups[cells][:, None] == np.asarray(groups)
-        self._index = NearestNeighbors(n_neighbors=min(_N_VOTES, cells.sum()))
+        self._index = NearestNeighbors(n_neighbors=min(_N_VOTES, cells.sum()), algorithm="brute")
         self._index.fit(reference.w[cells])
         return self
 

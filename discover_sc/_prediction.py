@@ -29,6 +29,7 @@ from ._reference import groups_of, profile_of
 from ._sampling import carry_over, sample
 from ._source_cells import GroupedSource, SourceBatches
 from ._support import warn_of_low_support
+from ._tails import Tails
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -167,12 +168,6 @@ class _Draws:
     interval: float
     library_size: float
 
-    def tails(self) -> list[float]:
-        """Return the quantiles of a sample between which a new draw falls as often as asked."""
-        n = self.n_samples
-        lower = max(0.0, ((n + 1) * (1 - self.interval) / 2 - 1) / (n - 1))
-        return [lower, 1 - lower]
-
 
 def _predict_cells(
     model: DISCoVeR,
@@ -205,22 +200,21 @@ def _predict_cells(
     calibrate = calibration_class(predicted, wanted)
     noise = torch.randn(draws.n_samples, *errors.shape, device=device) * errors.nan_to_num()
     disturbed = [calibration_class(predicted, wanted + error) for error in noise]
-    tails = torch.tensor(draws.tails(), device=device)
     sums = torch.zeros(wanted.shape, dtype=torch.float64)
     for positions, tensors, outputs in batches:
         rows = batches.cells[positions]
         group = torch.as_tensor(grouped.group_of_cell[positions], device=device)
         qz, qw, library = outputs[QZ_KEY], outputs[QW_KEY], outputs[LIBRARY_KEY]
-        total, observed = 0.0, []
+        total, tails = 0.0, Tails(draws.n_samples, draws.interval)
         for disturb in disturbed:
             z, w = qz.sample(), qw.sample()
             px = model.module.decode(z, move_w(move.way, z, w), library, tensors)
             expression = expression_of(px, PROFILE_LIBRARY)
             total = total + calibrate(expression, group)
-            observed.append(sample(px, disturb(expression, group), library))
+            tails.add(sample(px, disturb(expression, group), library))
         scale = 1.0 if is_normal else draws.library_size / torch.exp(library)
-        lower, upper = torch.quantile(torch.stack(observed), tails, dim=0) * scale
-        result.lower[rows], result.upper[rows] = lower.cpu().numpy(), upper.cpu().numpy()
+        for out, bound in zip((result.lower, result.upper), tails.bounds(), strict=True):
+            out[rows] = (bound * scale).cpu().numpy()
         mean = total / draws.n_samples
         if not is_normal:
             mean = mean * (draws.library_size / mean.sum(-1, keepdim=True))

@@ -45,7 +45,8 @@ class Support:
             latents = np.hstack([reference.z, reference.w])[covered]
             self._scale = latents.std(axis=0) + 1e-12
             n_neighbors = min(_N_NEIGHBORS, covered.sum() - 1)
-            self._index = NearestNeighbors(n_neighbors=n_neighbors).fit(latents / self._scale)
+            self._index = NearestNeighbors(n_neighbors=n_neighbors, algorithm="brute")
+            self._index.fit(latents / self._scale)
             distances, _ = self._index.kneighbors()  # of each covered cell to the others
             self._distances = np.sort(distances[:, -1])
 
