@@ -270,6 +270,7 @@ class DiscoverTrainingPlan(TrainingPlan):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch and remember its last state, if the last step left it finite."""
+        self._check_terms()
         if not all(bool(torch.isfinite(p).all()) for p in self.module.parameters()):
             self._stop_at_finite_state([])
         self._log_epoch("train")
