@@ -71,6 +71,7 @@ def variants(seeds):
         "conditional": ({"labels_key": "cell_type"}, {"invariance": "conditional"}),
         "adversary_input=reconstruction": ({}, {"adversary_input": "reconstruction"}),
         "adversary_input=z": ({}, {"adversary_input": "z"}),
+        "adversary_input=both": ({}, {"adversary_input": "both"}),
     }
     rows = {}
     for seed in range(seeds):
