@@ -114,8 +114,9 @@ class _CrossEntropy(Function):
         x, hidden, residual, head = ctx.saved_tensors
         residual = residual * (grad / len(x))
         slope = torch.where(hidden > 0, 1.0, _NEGATIVE_SLOPE)
-        hidden_grad = (residual @ head) * slope
+        with torch.autocast(x.device.type, enabled=False):
+            hidden_grad = (residual @ head) * slope
+            first_grads = hidden_grad.t() @ x, hidden_grad.sum(0)
+            head_grads = residual.t() @ hidden, residual.sum(0)
         shift_grad = hidden_grad if ctx.needs_input_grad[3] else None
-        first_grads = hidden_grad.t() @ x, hidden_grad.sum(0)
-        head_grads = residual.t() @ hidden, residual.sum(0)
         return None, None, None, shift_grad, *first_grads, *head_grads

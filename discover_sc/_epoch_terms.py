@@ -22,6 +22,7 @@ class EpochTerms:
     def _forget(self) -> None:
         self.n_cells = 0
         self._names: list[str] = []
+        self._sums = self._broken = torch.zeros(0)
 
     def add(self, terms: dict[str, Tensor], n_cells: int) -> None:
         """Add the terms of a minibatch.
@@ -42,10 +43,8 @@ class EpochTerms:
         self._broken = torch.where(self._broken.any(), self._broken, ~torch.isfinite(values))
         self.n_cells += n_cells
 
-    def broken(self) -> list[str]:
+    def find_broken(self) -> list[str]:
         """Return the terms that were not finite in the first minibatch in which any was not."""
-        if not self._names:
-            return []
         broken = self._broken.tolist()
         return [name for name, is_broken in zip(self._names, broken, strict=True) if is_broken]
 

@@ -92,6 +92,7 @@ class InvarianceStopping(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: DiscoverTrainingPlan) -> None:
         """Probe, log, and stop if nothing was found often enough."""
+        pl_module.check_terms()  # callbacks come before the plan's own look
         every = self.every_n_epochs or max(1, round(200 / trainer.num_training_batches))
         due = (trainer.current_epoch + 1) % every == 0
         if not due or trainer.global_step < self.min_steps:

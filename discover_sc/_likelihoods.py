@@ -2,7 +2,8 @@
 
 Most counts are zero, and where :math:`x = 0` all terms in lgamma vanish. So the dense work is one
 logarithm per cell and gene; what non-zero counts add is evaluated on these alone, and in double
-precision on the large ones, whose terms nearly cancel.
+precision where their terms nearly cancel: on the CPU, with one theta per gene, that is on large
+counts, otherwise on all (where the device has double precision).
 """
 
 from __future__ import annotations
@@ -93,11 +94,12 @@ class _Counts:
     ----------
     nonzero
         Positions of the counts.
-    all
-        The terms of every count, in the precision of theta.
+    small
+        The terms of every count, in the precision of theta, good for counts below 8; None if all
+        are taken from ``exact``.
     exact, exact_at
-        Those of the counts whose large terms cancel, in double precision, and where they stand:
-        counts beyond the table and numbers that are no counts.
+        Those of the other counts, and of numbers that are no counts, in double precision, and
+        where they stand.
     """
 
     def __init__(self, nonzero: NonZero, theta: Tensor) -> None:
@@ -105,15 +107,14 @@ class _Counts:
         x, picked = nonzero.values.to(theta.dtype), nonzero.pick(theta)
         # too many thetas to tabulate; or a device that would have to tell how many are exact
         if len(theta) > 1 or nonzero.shape[0] == 1 or x.device.type != "cpu":
-            self.exact_at = torch.arange(len(x), device=x.device)
-            self.all = _CountTerms(x, picked, torch.zeros_like(x), torch.zeros_like(x))
+            self.small, self.exact_at = None, slice(None)
         else:
             row = nonzero.values.clamp(max=_N_TABULATED - 1).long()
             position = row * len(theta[0]) + nonzero.gene
             tables = (t.view(-1).index_select(0, position) for t in _tabulate(theta[0]))
             self.exact_at = (nonzero.values != row).nonzero().squeeze(1)
-            self.all = _CountTerms(x, picked, *tables)
-        x, picked = (_wide(t.index_select(0, self.exact_at)) for t in (x, picked))
+            self.small = _CountTerms(x, picked, *tables)
+        x, picked = (_wide(t[self.exact_at]) for t in (x, picked))
         self.exact = _CountTerms(x, picked, *_count_terms(x, picked))
 
 
@@ -264,7 +265,10 @@ def _log_1u(mu: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sum_weighted(values: Tensor, theta: Tensor) -> Tensor:
     """Return the sum over genes of values times theta, ``(n_cells,)``."""
-    return values @ theta[0] if len(theta) == 1 else (values * theta).sum(-1)
+    if len(theta) > 1:
+        return (values * theta).sum(-1)
+    with torch.autocast(values.device.type, enabled=False):
+        return values @ theta[0]
 
 
 def _slope(u: Tensor, theta: Tensor) -> Tensor:
@@ -275,7 +279,11 @@ def _slope(u: Tensor, theta: Tensor) -> Tensor:
 
 def _add_weighted(total: Tensor | None, grad: Tensor, slope: Tensor, n_thetas: int) -> Tensor:
     """Add to the gradient of theta the slopes of a loss, weighted by the cells' gradients."""
-    own = (grad @ slope).unsqueeze(0) if n_thetas == 1 else slope.mul_(grad.unsqueeze(1))
+    if n_thetas == 1:
+        with torch.autocast(slope.device.type, enabled=False):
+            own = (grad @ slope).unsqueeze(0)
+    else:
+        own = slope.mul_(grad.unsqueeze(1))
     return own if total is None else total.add_(own)
 
 
@@ -285,20 +293,27 @@ class _Entries:
     def __init__(self, means: Sequence[Tensor], counts: _Counts) -> None:
         self.counts = counts
         self.mu = torch.stack([counts.nonzero.pick(mu) for mu in means])
-        self.exact_mu = _wide(self.mu.index_select(1, counts.exact_at))
-        self.u, self.log_1u = _log_1u(self.mu, counts.all.theta)
+        if counts.small is not None:
+            self.u, self.log_1u = _log_1u(self.mu, counts.small.theta)
+        self.exact_mu = _wide(self.mu[:, counts.exact_at])
         self.exact_u, self.exact_log_1u = _log_1u(self.exact_mu, counts.exact.theta)
 
     def loss(self) -> Tensor:
         """Return the negative log-likelihood of each count."""
-        loss = self.counts.all.loss(self.mu, self.log_1u)
-        return self._put_exact(loss, self.counts.exact.loss(self.exact_mu, self.exact_log_1u))
+        exact = self.counts.exact.loss(self.exact_mu, self.exact_log_1u).to(self.mu.dtype)
+        if self.counts.small is None:
+            return exact
+        loss = self.counts.small.loss(self.mu, self.log_1u)
+        return loss.index_copy_(1, self.counts.exact_at, exact)
 
     def slopes(self) -> tuple[Tensor, Tensor]:
         """Return the derivatives of each count's loss by mu and by theta."""
-        every = self.counts.all.slopes(self.mu, self.u, self.log_1u)
         exact = self.counts.exact.slopes(self.exact_mu, self.exact_u, self.exact_log_1u)
-        return tuple(self._put_exact(e, x) for e, x in zip(every, exact, strict=True))
-
-    def _put_exact(self, every: Tensor, exact: Tensor) -> Tensor:
-        return every.index_copy_(1, self.counts.exact_at, exact.to(every.dtype))
+        exact = tuple(slope.to(self.mu.dtype) for slope in exact)
+        if self.counts.small is None:
+            return exact
+        slopes = self.counts.small.slopes(self.mu, self.u, self.log_1u)
+        return tuple(
+            slope.index_copy_(1, self.counts.exact_at, own)
+            for slope, own in zip(slopes, exact, strict=True)
+        )

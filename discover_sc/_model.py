@@ -84,8 +84,8 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
     adversary_input
         What the adversary reads: the expression decoded from z (``"reconstruction"``, as
         published), the posterior mean ``"z"``, ``"both"``, or ``"hidden"``: the posterior mean and
-        the last hidden layer of the shared decoder, of which the expression decoded from z is a
-        linear map and a softmax.
+        the last hidden layer of the shared decoder for a draw of z, of which the decoded
+        expression is a linear map and a softmax. A linear decoder has none: ``"both"`` is read.
     invariance
         ``"marginal"``: z independent of the condition. ``"conditional"``: independent given the
         label, for data whose composition differs between conditions; needs ``labels_key``.

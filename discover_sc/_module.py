@@ -169,6 +169,8 @@ class DiscoverVAE(BaseModuleClass):
         n_dispersions = n_batch if dispersion == "gene-batch" else 1
         self.log_theta = nn.Parameter(1.0 + 0.1 * torch.randn(n_dispersions, n_input))
 
+        if decoder == "linear" and adversary_input == "hidden":  # there is no hidden layer
+            adversary_input = "both"
         self._read_by_adversary = _READ_BY_ADVERSARY[adversary_input]
         widths = {
             "z": n_latent,
@@ -311,13 +313,14 @@ class DiscoverVAE(BaseModuleClass):
     ) -> torch.distributions.Distribution:
         if self.gene_likelihood == "normal":
             # theta is an inverse variance here
-            return Normal(output, torch.rsqrt(theta).expand_as(output), normal_mu=output)
+            scale = torch.rsqrt(theta).expand_as(output)
+            return Normal(output, scale, validate_args=False, normal_mu=output)
         if self.gene_likelihood == "zinb":
             output, zi_logits = output.chunk(2, dim=-1)
         scale = F.softmax(output, dim=-1)
         rate = torch.exp(library) * scale
         if self.gene_likelihood == "poisson":
-            return Poisson(rate=rate, scale=scale)
+            return Poisson(rate=rate, validate_args=False, scale=scale)
         if self.gene_likelihood == "zinb":
             return ZeroInflatedNegativeBinomial(
                 mu=rate, theta=theta, zi_logits=zi_logits, scale=scale
@@ -380,7 +383,7 @@ class DiscoverVAE(BaseModuleClass):
         """
         hidden, px_shared = generative_outputs[SHARED_HIDDEN_KEY], generative_outputs[PX_SHARED_KEY]
         reads_reconstruction = "reconstruction" in self._read_by_adversary
-        if self.has_covariates:
+        if self.has_covariates and self._read_by_adversary != ("z",):
             batch_index, *covariates = self._permuted_covariates(tensors)
             hidden = self.shared_decoder.hidden(inference_outputs[Z_KEY], *covariates)
             if reads_reconstruction:

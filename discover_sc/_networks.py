@@ -170,7 +170,7 @@ class Decoder(nn.Module):
 class LinearDecoder(nn.Module):
     """Latents and covariates to gene-wise outputs, each a weighted sum: readable loadings.
 
-    There is no hidden layer: ``hidden`` is the latent, ``(n_cells, n_hidden)``.
+    There is no hidden layer; in its place stands the latent, ``(n_cells, n_hidden)``.
     """
 
     def __init__(

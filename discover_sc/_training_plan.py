@@ -172,8 +172,8 @@ class DiscoverTrainingPlan(TrainingPlan):
         self._step_model(model_optimizer, loss)
         self._average.update()
         self._epoch["train"].add(self._terms(loss, losses, metrics), losses.n_obs_minibatch)
-        if batch_idx % _N_STEPS_UNWATCHED == 0 or self.trainer.is_last_batch:
-            self._check_terms()
+        if batch_idx % _N_STEPS_UNWATCHED == 0:
+            self.check_terms()
         return loss.detach()
 
     def _step_adversary(
@@ -252,7 +252,8 @@ class DiscoverTrainingPlan(TrainingPlan):
         self._average.swap()
 
     def on_validation_start(self) -> None:
-        """Judge the averaged parameters."""
+        """Judge the averaged parameters, if they are finite."""
+        self.check_terms()
         self._average.swap()
 
     def on_validation_end(self) -> None:
@@ -270,7 +271,7 @@ class DiscoverTrainingPlan(TrainingPlan):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch and remember its last state, if the last step left it finite."""
-        self._check_terms()
+        self.check_terms()
         if not all(bool(torch.isfinite(p).all()) for p in self.module.parameters()):
             self._stop_at_finite_state([])
         self._log_epoch("train")
@@ -282,15 +283,18 @@ class DiscoverTrainingPlan(TrainingPlan):
             state = self.module.state_dict()
             self._finite_state = {name: value.detach().clone() for name, value in state.items()}
 
-    def _check_terms(self) -> None:
-        if broken := self._epoch["train"].broken():
+    def check_terms(self) -> None:
+        """Stop at the last finite state if a term of the loss was not finite in this epoch."""
+        if broken := self._epoch["train"].find_broken():
             self._stop_at_finite_state(broken)
 
     def _stop_at_finite_state(self, terms: list[str]) -> None:
         """Go back to the last finite state and say which terms of the loss were not finite."""
         self.module.load_state_dict(self._finite_state)
         named = [name for name in terms if name not in ("loss", "kl_local")]
-        what = f"The term {' and '.join(named)}" if named else "A parameter of the model"
+        what = "The loss" if terms else "A parameter of the model"
+        if named:
+            what = f"The term {' and '.join(named)}"
         raise FloatingPointError(
             f"{what} is not finite in epoch {self.current_epoch}; training stopped and the model "
             "keeps its state from the end of the epoch before. Try a smaller learning rate "

@@ -181,3 +181,12 @@ def test_permuted_cells_have_permuted_reconstruction_losses(kind):
     order = torch.randperm(N_CELLS, generator=torch.Generator().manual_seed(0))
     permuted = make_likelihood(kind, mu[order], theta[order], zi_logits[order])
     torch.testing.assert_close(own_loss(x[order], permuted, theta[order]), loss[order])
+
+
+@pytest.mark.parametrize("kind", ["nb", "zinb", "poisson"])
+def test_mixed_precision_does_not_round_the_loss_nor_its_gradients(kind):
+    case = [tensor.float() for tensor in draw_case(1e3, 2.0)]
+    expected = loss_and_gradients(kind, case, own_loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss_and_gradients(kind, case, own_loss)
+    torch.testing.assert_close(found, expected)

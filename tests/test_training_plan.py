@@ -4,7 +4,7 @@ import scvi
 import torch
 from fitting import QUIET, train_small
 
-from discover_sc import DISCoVeR
+from discover_sc import DISCoVeR, InvarianceStopping
 from discover_sc._module import DiscoverVAE
 from discover_sc._training_plan import DiscoverTrainingPlan
 
@@ -164,6 +164,32 @@ def test_a_loss_that_is_not_finite_stops_training_at_the_last_finite_state(adata
     for name, tensor in model.module.state_dict().items():
         assert torch.equal(tensor, finite[name]), name
     assert np.isfinite(model.get_latent_representation()).all()
+
+
+@pytest.mark.parametrize("gene_likelihood", ["nb", "zinb", "poisson", "normal"])
+@pytest.mark.parametrize("end", ["of the epoch", "max_steps"])
+def test_a_loss_that_breaks_between_two_looks_is_found_before_anything_judges_it(
+    adata, monkeypatch, gene_likelihood, end
+):
+    model = train_small(adata, model={"gene_likelihood": gene_likelihood})
+    finite = {k: v.clone() for k, v in model.module.state_dict().items()}
+    namespace, n_calls = model.module.loss.__globals__, []
+    kl = namespace["kl_to_unit_normal"]
+
+    def break_later(q, mean):
+        n_calls.append(1)
+        return kl(q, mean) * (float("nan") if len(n_calls) > 1 else 1.0)
+
+    monkeypatch.setitem(namespace, "kl_to_unit_normal", break_later)
+    judged = []
+    monkeypatch.setattr(DiscoverTrainingPlan, "validation_step", lambda *a: judged.append(a))
+    stop = InvarianceStopping(every_n_epochs=1, min_steps=1)
+    options = {"max_steps": 3} if end == "max_steps" else {}
+    with pytest.raises(FloatingPointError, match="kl_w is not finite in epoch 0"):
+        model.train(max_epochs=5, batch_size=50, callbacks=[stop], **options, **QUIET)
+    assert not judged
+    for name, tensor in model.module.state_dict().items():
+        assert torch.equal(tensor, finite[name]), name
 
 
 def test_parameters_that_are_not_finite_are_found_too(adata):

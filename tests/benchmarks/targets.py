@@ -72,6 +72,7 @@ def variants(seeds):
         "adversary_input=reconstruction": ({}, {"adversary_input": "reconstruction"}),
         "adversary_input=z": ({}, {"adversary_input": "z"}),
         "adversary_input=both": ({}, {"adversary_input": "both"}),
+        "decoder=linear": ({}, {"decoder": "linear"}),
     }
     rows = {}
     for seed in range(seeds):

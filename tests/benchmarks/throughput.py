@@ -146,12 +146,7 @@ def profile(options):
     (optimizer, adversary_optimizer), _ = plan.configure_optimizers()
     plan.manual_backward = lambda loss: loss.backward()
     inference_outputs, outputs, losses = module(batch)
-    read = {
-        name: tensor.detach().requires_grad_()
-        for name, tensor in module.adversary_representations(
-            batch, inference_outputs, outputs
-        ).items()
-    }
+    read = module.representation(batch, inference_outputs, outputs).detach().requires_grad_()
     parts = {
         "encoders": lambda: _sum_backward(
             *(module.inference(**module._get_inference_input(batch))[k] for k in ("z", "w"))
@@ -224,11 +219,6 @@ def _matrix_products(module, options):
             _ = hidden @ weight
             _ = hidden.T @ x
             _ = x @ weight.T
-        # the adversary's steps on parts that make one minibatch, and the model's against it
-        _ = x @ weight.T
-        _ = hidden.T @ x
-        _ = x @ weight.T
-        _ = hidden @ weight
 
     return run
 
