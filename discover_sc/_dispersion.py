@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
+from scvi.distributions import Normal
 
 from ._keys import LIBRARY_KEY, W_KEY, Z_KEY
 from ._likelihoods import reconstruction_losses
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ._model import DISCoVeR
 
 _MAX_CELLS = 1000
+_BATCH_SIZE = 500
 _N_STEPS = 12
 _RANGE = (-9.0, 9.0)  # of the logarithm: beyond, a count likelihood is Poisson or all zero
 
@@ -43,16 +45,15 @@ def fit_dispersion(model: DISCoVeR) -> None:
         return
     cells = np.random.default_rng(0).permutation(model.train_indices)[:_MAX_CELLS]
     loader = model._make_data_loader(
-        model.adata, indices=cells, batch_size=_MAX_CELLS, load_sparse_tensor=True
+        model.adata, indices=cells, batch_size=_BATCH_SIZE, load_sparse_tensor=True
     )
     parts = [_decoded(model, tensors) for tensors in loader]
     optimizer = torch.optim.Rprop([module.log_theta], lr=0.5, step_sizes=(1e-3, 1.0))
     for _ in range(_N_STEPS):
         optimizer.zero_grad()
-        for x, output, library, batch_index in parts:
+        for x, px, batch_index in parts:
             theta = module.theta(batch_index)
-            px = module._likelihood(output, library, theta)
-            reconstruction_losses(x, [px], theta)[0].sum().backward()
+            reconstruction_losses(x, [_under(px, theta)], theta)[0].sum().backward()
         optimizer.step()
         with torch.no_grad():
             module.log_theta.clamp_(*_RANGE)
@@ -61,11 +62,20 @@ def fit_dispersion(model: DISCoVeR) -> None:
 
 @torch.no_grad()
 def _decoded(model: DISCoVeR, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Return counts, decoder output, log library and batch codes of a minibatch."""
+    """Return counts, their likelihood given the trained means, and batch codes of a minibatch."""
     module = model.module
     outputs = module.inference(**module._get_inference_input(tensors))
     batch_index, *covariates = module.covariates(tensors)
     latents = torch.cat([outputs[Z_KEY], outputs[W_KEY]], dim=-1)
-    x = tensors[REGISTRY_KEYS.X_KEY].to(module.device)
+    x, batch_index = tensors[REGISTRY_KEYS.X_KEY].to(module.device), batch_index.to(module.device)
     output = module.decoder(latents, *(c if c is None else c.to(module.device) for c in covariates))
-    return x, output, outputs[LIBRARY_KEY], batch_index.to(module.device)
+    px = module._likelihood(output, outputs[LIBRARY_KEY], module.theta(batch_index))
+    return x, px, batch_index
+
+
+def _under(px: torch.distributions.Distribution, theta: Tensor) -> torch.distributions.Distribution:
+    """Return a likelihood under another dispersion; the losses of counts are told it apart."""
+    if not isinstance(px, Normal):
+        return px
+    scale = torch.rsqrt(theta).expand_as(px.loc)
+    return Normal(px.loc, scale, validate_args=False, normal_mu=px.loc)

@@ -94,43 +94,60 @@ def _encode(
     cells, keys = cells[kept], keys.iloc[kept]
     grouped = keys.groupby(list(keys), sort=True)
     pair_of_cell, pairs = grouped.ngroup().to_numpy(), grouped.size().reset_index(name="n_cells")
-    z = model.get_latent_representation(adata, indices=cells) if z is None else z[kept]
-    profiles, inverse_library = _profiles(model, adata, cells, pair_of_cell)
-    return {
-        "z": z,
-        "w": model.get_latent_representation(adata, latent="w", indices=cells),
-        "condition_codes": codes[kept],
-        "doses": None if doses is None else doses[cells],
-        "groups": groups[kept],
-        "profile_codes": pairs[list(range(codes.shape[1]))].to_numpy(),
-        "profile_doses": None if doses is None else pairs["dose"].to_numpy(),
-        "profile_groups": pairs["group"].to_numpy(dtype=str),
-        "profile_n_cells": pairs["n_cells"].to_numpy(),
-        "profiles": profiles,
-        "profile_inverse_library": inverse_library,
-    }
+    latents = {} if z is None else {"z": z[kept]}
+    missing = [name for name in ("z", "w") if name not in latents]
+    read, profiles, inverse_library = _read(model, adata, cells, pair_of_cell, missing)
+    return (
+        latents
+        | read
+        | {
+            "condition_codes": codes[kept],
+            "doses": None if doses is None else doses[cells],
+            "groups": groups[kept],
+            "profile_codes": pairs[list(range(codes.shape[1]))].to_numpy(),
+            "profile_doses": None if doses is None else pairs["dose"].to_numpy(),
+            "profile_groups": pairs["group"].to_numpy(dtype=str),
+            "profile_n_cells": pairs["n_cells"].to_numpy(),
+            "profiles": profiles,
+            "profile_inverse_library": inverse_library,
+        }
+    )
 
 
-def _profiles(
-    model: DISCoVeR, adata: AnnData, cells: np.ndarray, pair_of_cell: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return profile, ``(n_pairs, n_genes)``, and mean inverse library of each pair's cells."""
+@torch.inference_mode()
+def _read(
+    model: DISCoVeR,
+    adata: AnnData,
+    cells: np.ndarray,
+    pair_of_cell: np.ndarray,
+    latents: Sequence[str],
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Return, in one pass over the cells, what is kept of them.
+
+    Posterior means of latents by name; profile, ``(n_pairs, n_genes)``, and mean inverse library
+    of each pair's cells.
+    """
+    sizes = {latent: model.module.n_latents[latent] for latent in latents}
+    means = {k: np.empty((len(cells), n), dtype=np.float32) for k, n in sizes.items()}
     n_cells = np.bincount(pair_of_cell)
     sums, inverse, start = np.zeros((len(n_cells), adata.n_vars)), np.zeros(len(n_cells)), 0
     for tensors in model._make_data_loader(
         adata, indices=cells, batch_size=_BATCH_SIZE, load_sparse_tensor=True
     ):
         x = tensors[REGISTRY_KEYS.X_KEY]
+        rows = slice(start, start + len(x))
+        for latent, mean in means.items():
+            mean[rows] = model.module.posterior(tensors, latent).loc.cpu().numpy()
         x = csr_matrix(_arrays(x.by_cell), x.shape) if isinstance(x, SparseCells) else x.numpy()
-        pair = pair_of_cell[start : start + x.shape[0]]
+        pair = pair_of_cell[rows]
         weight = np.ones(len(pair))
         if model.module.gene_likelihood != "normal":
             weight = PROFILE_LIBRARY / np.asarray(x.sum(axis=1)).ravel()
         inverse += np.bincount(pair, weight / PROFILE_LIBRARY, len(n_cells))
         sums += csr_matrix((weight, (pair, np.arange(len(pair)))), (len(n_cells), len(pair))) @ x
-        start += len(pair)
-    means = torch.as_tensor(sums / n_cells[:, None])
-    return profile_of(model, means).numpy().astype(np.float32), inverse / n_cells
+        start = rows.stop
+    profiles = profile_of(model, torch.as_tensor(sums / n_cells[:, None]))
+    return means, profiles.numpy().astype(np.float32), inverse / n_cells
 
 
 def _arrays(tensors: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
