@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
-from scvi.distributions import Normal
 
 from ._keys import LIBRARY_KEY, W_KEY, Z_KEY
 from ._likelihoods import reconstruction_losses
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._model import DISCoVeR
+    from ._module import DiscoverVAE
 
 _MAX_CELLS = 1000
 _BATCH_SIZE = 500
@@ -53,7 +53,7 @@ def fit_dispersion(model: DISCoVeR) -> None:
         optimizer.zero_grad()
         for x, px, batch_index in parts:
             theta = module.theta(batch_index)
-            reconstruction_losses(x, [_under(px, theta)], theta)[0].sum().backward()
+            reconstruction_losses(x, [_under(module, px, theta)], theta)[0].sum().backward()
         optimizer.step()
         with torch.no_grad():
             module.log_theta.clamp_(*_RANGE)
@@ -73,9 +73,10 @@ def _decoded(model: DISCoVeR, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return x, px, batch_index
 
 
-def _under(px: torch.distributions.Distribution, theta: Tensor) -> torch.distributions.Distribution:
+def _under(
+    module: DiscoverVAE, px: torch.distributions.Distribution, theta: Tensor
+) -> torch.distributions.Distribution:
     """Return a likelihood under another dispersion; the losses of counts are told it apart."""
-    if not isinstance(px, Normal):
+    if module.gene_likelihood != "normal":
         return px
-    scale = torch.rsqrt(theta).expand_as(px.loc)
-    return Normal(px.loc, scale, validate_args=False, normal_mu=px.loc)
+    return module._likelihood(px.loc, None, theta)

@@ -309,8 +309,9 @@ class DiscoverVAE(BaseModuleClass):
         return theta[batch_index.squeeze(-1)] if self.dispersion == "gene-batch" else theta
 
     def _likelihood(
-        self, output: Tensor, library: Tensor, theta: Tensor
+        self, output: Tensor, library: Tensor | None, theta: Tensor
     ) -> torch.distributions.Distribution:
+        """Return the likelihood of decoder output; a normal one reads no library."""
         if self.gene_likelihood == "normal":
             # theta is an inverse variance here
             scale = torch.rsqrt(theta).expand_as(output)
