@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import csr_matrix
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from scipy.sparse import csc_matrix
+    from scipy.sparse import csc_matrix, csr_matrix
     from torch import Tensor
 
 
@@ -55,25 +55,33 @@ class NonZero:
         values = self.values if values is None else values
         return self.put(values.new_zeros(self.shape), values)
 
+    # what follows also takes a stack of matrices, (..., n_cells, n_genes), and of their entries
+
     def pick(self, dense: Tensor) -> Tensor:
         """Return the entries of ``(n_cells or 1, n_genes)`` values where x is not zero."""
+        if dense.ndim > 2:
+            flat = dense.flatten(-2)
+            return flat.gather(-1, self.flat.expand(*flat.shape[:-1], -1))
         if dense.shape[0] == 1 and self.shape[0] > 1:
             return dense.reshape(-1).index_select(0, self.gene)
         return dense.reshape(-1).index_select(0, self.flat)
 
     def put(self, dense: Tensor, values: Tensor) -> Tensor:
         """Overwrite these entries of a contiguous ``(n_cells, n_genes)`` tensor; return it."""
-        dense.view(-1).scatter_(0, self.flat, values)
+        flat = dense.view(*dense.shape[:-2], -1)
+        flat.scatter_(-1, self.flat.expand(values.shape), values)
         return dense
 
     def fill(self, dense: Tensor, value: float) -> Tensor:
         """Overwrite these entries of a contiguous tensor with one value; return it."""
-        dense.view(-1).scatter_(0, self.flat, value)
+        flat = dense.view(*dense.shape[:-2], -1)
+        flat.scatter_(-1, self.flat.expand(*flat.shape[:-1], -1), value)
         return dense
 
     def sum_per_cell(self, values: Tensor) -> Tensor:
         """Return the sum of one value per entry over each cell, ``(n_cells,)``."""
-        return values.new_zeros(self.shape[0]).scatter_add_(0, self.cell, values)
+        sums = values.new_zeros(*values.shape[:-1], self.shape[0])
+        return sums.scatter_add_(-1, self.cell.expand(values.shape), values)
 
 
 class SparseCells(NonZero):
@@ -87,6 +95,8 @@ class SparseCells(NonZero):
         ``(n_cells, n_genes)``.
     by_gene
         Values, cells, and where each gene begins: as CSC; None: sorted when first needed.
+    csr
+        The matrix that is sorted then; not read if ``by_gene`` is given.
     """
 
     def __init__(
@@ -94,8 +104,9 @@ class SparseCells(NonZero):
         by_cell: tuple[Tensor, Tensor, Tensor],
         shape: tuple[int, int],
         by_gene: tuple[Tensor, Tensor, Tensor] | None = None,
+        csr: csr_matrix | None = None,
     ) -> None:
-        self.by_cell, self.shape = by_cell, tuple(shape)
+        self.by_cell, self.shape, self._csr = by_cell, tuple(shape), csr
         self.values, self.gene, _ = by_cell
         if by_gene is not None:
             self.by_gene = by_gene
@@ -109,18 +120,19 @@ class SparseCells(NonZero):
 
     def sum_per_cell(self, values: Tensor) -> Tensor:
         """Return the sum of one value per entry over each cell, ``(n_cells,)``."""
-        return torch.segment_reduce(values, "sum", offsets=self.by_cell[2])
+        axis = values.ndim - 1
+        offsets = self.by_cell[2].expand(*values.shape[:axis], -1).contiguous()
+        return torch.segment_reduce(values, "sum", offsets=offsets, axis=axis)
 
     @cached_property
     def by_gene(self) -> tuple[Tensor, Tensor, Tensor]:
         """Values, cells, and where each gene begins; what gradients of products read."""
-        values, gene, start = (tensor.numpy() for tensor in self.by_cell)
-        return _as_tensors(csr_matrix((values, gene, start), self.shape).tocsc())
+        return _as_tensors(self._csr.tocsc())
 
     @classmethod
     def of_csr(cls, matrix: csr_matrix) -> SparseCells:
         """Return the entries of a sparse matrix without duplicates, in single precision."""
-        return cls(_as_tensors(matrix), matrix.shape)
+        return cls(_as_tensors(matrix), matrix.shape, csr=matrix)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> SparseCells:
         by_cell, by_gene = (tuple(map(function, o)) for o in (self.by_cell, self.by_gene))
@@ -138,11 +150,15 @@ class SparseCells(NonZero):
 
     def log1p(self) -> SparseCells:
         """Return log(1 + x), which is zero where x is."""
-        values, gene, start = self.by_cell
-        by_gene = None
-        if self.values.device.type != "cpu":
-            by_gene = (torch.log1p(self.by_gene[0]), *self.by_gene[1:])
-        return SparseCells((torch.log1p(values), gene, start), self.shape, by_gene)
+        if self.values.device.type == "cpu":
+            same_places = copy(self._csr)  # shallow
+            same_places.data = torch.log1p(self.values).numpy()
+            return SparseCells.of_csr(same_places)
+        orders = (
+            (torch.log1p(values), *places) for values, *places in (self.by_cell, self.by_gene)
+        )
+        by_cell, by_gene = orders
+        return SparseCells(by_cell, self.shape, by_gene)
 
     def linear(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias``, of shape ``(n_cells, n_output)``.
@@ -160,7 +176,8 @@ class SparseCells(NonZero):
 
 
 def _as_tensors(matrix: csr_matrix | csc_matrix) -> tuple[Tensor, Tensor, Tensor]:
-    parts = ((matrix.data, np.float32), (matrix.indices, np.int64), (matrix.indptr, np.int64))
+    # products read half as many bytes in 32 bits as in 64; a minibatch has fewer entries than 2^31
+    parts = ((matrix.data, np.float32), (matrix.indices, np.int32), (matrix.indptr, np.int32))
     return tuple(torch.from_numpy(array.astype(dtype, copy=False)) for array, dtype in parts)
 
 

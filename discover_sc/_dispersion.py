@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._model import DISCoVeR
-    from ._module import DiscoverVAE
 
 _MAX_CELLS = 1000
 _BATCH_SIZE = 500
@@ -51,9 +50,10 @@ def fit_dispersion(model: DISCoVeR) -> None:
     optimizer = torch.optim.Rprop([module.log_theta], lr=0.5, step_sizes=(1e-3, 1.0))
     for _ in range(_N_STEPS):
         optimizer.zero_grad()
-        for x, px, batch_index in parts:
+        for x, output, library, batch_index in parts:
             theta = module.theta(batch_index)
-            reconstruction_losses(x, [_under(module, px, theta)], theta)[0].sum().backward()
+            loss = reconstruction_losses(x, module.gene_likelihood, [output], library, theta)
+            loss.sum().backward()
         optimizer.step()
         with torch.no_grad():
             module.log_theta.clamp_(*_RANGE)
@@ -62,21 +62,11 @@ def fit_dispersion(model: DISCoVeR) -> None:
 
 @torch.no_grad()
 def _decoded(model: DISCoVeR, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Return counts, their likelihood given the trained means, and batch codes of a minibatch."""
+    """Return counts, what is decoded, log library and batch codes of a minibatch."""
     module = model.module
     outputs = module.inference(**module._get_inference_input(tensors))
     batch_index, *covariates = module.covariates(tensors)
     latents = torch.cat([outputs[Z_KEY], outputs[W_KEY]], dim=-1)
     x, batch_index = tensors[REGISTRY_KEYS.X_KEY].to(module.device), batch_index.to(module.device)
     output = module.decoder(latents, *(c if c is None else c.to(module.device) for c in covariates))
-    px = module._likelihood(output, outputs[LIBRARY_KEY], module.theta(batch_index))
-    return x, px, batch_index
-
-
-def _under(
-    module: DiscoverVAE, px: torch.distributions.Distribution, theta: Tensor
-) -> torch.distributions.Distribution:
-    """Return a likelihood under another dispersion; the losses of counts are told it apart."""
-    if module.gene_likelihood != "normal":
-        return px
-    return module._likelihood(px.loc, None, theta)
+    return x, output, outputs[LIBRARY_KEY], batch_index

@@ -1,22 +1,23 @@
-"""Reconstruction losses of the count likelihoods, fused: value and analytic gradient.
+"""Reconstruction losses of decoder outputs, fused: value and analytic gradient.
 
 Most counts are zero, and where :math:`x = 0` all terms in lgamma vanish. So the dense work is one
-logarithm per cell and gene; what non-zero counts add is evaluated on these alone, and in double
-precision where their terms nearly cancel: on the CPU, with one theta per gene, that is on large
-counts, otherwise on all (where the device has double precision).
+softmax and one logarithm per cell and gene, for all decoders together; what non-zero counts add is
+evaluated on these alone, and in double precision where their terms nearly cancel: on the CPU, with
+one theta per gene, that is on large counts, otherwise on all (where the device has double
+precision).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scvi.distributions import Normal, Poisson, ZeroInflatedNegativeBinomial
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ._counts import NonZero
+from ._decoded import likelihood_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +29,13 @@ _N_TABULATED = 8  # counts below are looked up; most non-zero counts of single c
 
 
 def reconstruction_losses(
-    x: Tensor | NonZero, likelihoods: Sequence[torch.distributions.Distribution], theta: Tensor
-) -> list[Tensor]:
-    r"""Negative log-likelihood of each cell under each of several likelihoods, in nats.
+    x: Tensor | NonZero,
+    gene_likelihood: Literal["nb", "zinb", "poisson", "normal"],
+    outputs: Sequence[Tensor],
+    library: Tensor,
+    theta: Tensor,
+) -> Tensor:
+    r"""Negative log-likelihood of each cell under each of several decoder outputs, in nats.
 
     With :math:`u = \mu / \theta` the negative binomial is
 
@@ -39,39 +44,46 @@ def reconstruction_losses(
         - \sum_{k=0}^{x-1} \log(1 + k / \theta)
 
     and only its first term is left where :math:`x = 0`. The last two are the same for all
-    likelihoods that share :math:`\theta`: they are evaluated once.
+    outputs, which share :math:`\theta`: they are evaluated once. Under zero inflation with the
+    probability :math:`\pi`, a zero comes from either source, a count only from the other one:
+
+    .. math:: -\log p(0) = -\log(\pi + (1 - \pi) (1 + u)^{-\theta})
 
     Parameters
     ----------
     x
         Counts of shape ``(n_cells, n_genes)``, or their non-zero entries; any real numbers for
-        ``Normal``.
-    likelihoods
-        Likelihoods of one class of :mod:`scvi.distributions`, each over ``(n_cells, n_genes)``.
+        ``"normal"``.
+    gene_likelihood
+        What the outputs mean; see :func:`~discover_sc._decoded.likelihood_of`.
+    outputs
+        Outputs of decoders, ``(n_cells, n_genes)`` each; with ``"zinb"`` twice as many columns.
+    library
+        Log library size, ``(n_cells, 1)``; not read for ``"normal"``.
     theta
-        Inverse dispersion that negative binomials share, positive, of shape ``(1, n_genes)`` or
-        ``(n_cells, n_genes)``; not read for the others.
+        Inverse dispersion, positive, of shape ``(1, n_genes)`` or ``(n_cells, n_genes)``; not
+        read for ``"poisson"``.
 
     Returns
     -------
-    One tensor of shape ``(n_cells,)`` per likelihood, summed over genes.
+    Losses of shape ``(n_outputs, n_cells)``, summed over genes.
 
     Notes
     -----
-    Equal to scvi-tools' ``-px.log_prob(x).sum(-1)``, its :math:`\epsilon = 10^{-8}` inside the
-    logarithms included. Differentiable once.
+    Equal to ``-px.log_prob(x).sum(-1)`` of scvi-tools' distributions, their
+    :math:`\epsilon = 10^{-8}` inside the logarithms included. Differentiable once.
     """
-    if isinstance(likelihoods[0], Normal):
+    outputs = [output.to(theta.dtype) for output in outputs]  # mixed precision rounds no loss
+    if gene_likelihood == "normal":
         x = x.dense() if isinstance(x, NonZero) else x
-        return [-px.log_prob(x).sum(-1) for px in likelihoods]
-    nonzero = NonZero.of(x)
-    if isinstance(likelihoods[0], Poisson):
-        return [_poisson_loss(px.rate, nonzero) for px in likelihoods]
-    counts, means = _Counts(nonzero, theta.detach()), [px.mu for px in likelihoods]
-    if isinstance(likelihoods[0], ZeroInflatedNegativeBinomial):
-        zi_logits = [px.zi_logits.to(theta.dtype) for px in likelihoods]
-        return list(_ZeroInflatedLosses.apply(theta, counts, *means, *zi_logits))
-    return list(_NegativeBinomialLosses.apply(theta, counts, *means))
+        losses = [-likelihood_of("normal", o, library, theta).log_prob(x).sum(-1) for o in outputs]
+        return torch.stack(losses)
+    nonzero, library = NonZero.of(x), library.to(theta.dtype)
+    if gene_likelihood == "poisson":
+        rates = [likelihood_of("poisson", o, library, theta).rate for o in outputs]
+        return torch.stack([_poisson_loss(rate, nonzero) for rate in rates])
+    fused = _NegativeBinomialLosses if gene_likelihood == "nb" else _ZeroInflatedLosses
+    return fused.apply(theta, library, _Counts(nonzero, theta.detach()), *outputs)
 
 
 def _poisson_loss(rate: Tensor, nonzero: NonZero) -> Tensor:
@@ -110,10 +122,10 @@ class _Counts:
             self.small, self.exact_at = None, slice(None)
         else:
             row = nonzero.values.clamp(max=_N_TABULATED - 1).long()
-            position = row * len(theta[0]) + nonzero.gene
-            tables = (t.view(-1).index_select(0, position) for t in _tabulate(theta[0]))
+            position = (row * theta.shape[1]).add_(nonzero.gene)
+            looked_up = _tabulate(theta[0]).flatten(1).gather(1, position.expand(2, -1))
             self.exact_at = (nonzero.values != row).nonzero().squeeze(1)
-            self.small = _CountTerms(x, picked, *tables)
+            self.small = _CountTerms(x, picked, *looked_up)
         x, picked = (_wide(t[self.exact_at]) for t in (x, picked))
         self.exact = _CountTerms(x, picked, *_count_terms(x, picked))
 
@@ -135,10 +147,10 @@ class _CountTerms(NamedTuple):
         return self.constant + (self.x + self.theta) * log_1u - self.x * log_mu
 
     def slopes(self, mu: Tensor, u: Tensor, log_1u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the derivatives of each count's loss by mu and by theta."""
-        mu = mu + _EPS
-        total = mu + self.theta
-        slope = (mu - self.x) / mu * (self.theta / total)
+        """Return the derivatives of each count's loss by log(mu) and by theta."""
+        positive = mu + _EPS
+        total = positive + self.theta
+        slope = mu * ((positive - self.x) / positive) * (self.theta / total)
         weight = (self.x + self.theta) / total
         return slope, self.constant_slope + log_1u - weight * u
 
@@ -152,16 +164,23 @@ def _count_terms(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     return constant, slope
 
 
-def _tabulate(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same for the counts 0, 1, ... of every theta, as running sums over k < x."""
+def _tabulate(theta: Tensor) -> Tensor:
+    """Return the same for the counts 0, 1, ... of every theta, as running sums over k < x.
+
+    Shape ``(2, n_tabulated, n_genes)``.
+    """
     k = torch.arange(_N_TABULATED - 1, dtype=theta.dtype, device=theta.device).unsqueeze(1)
-    log_steps = torch.log(k + 1) - torch.log1p((k - _EPS) / (theta + _EPS))
-    slope_steps = (k - _EPS) / ((k + theta) * (theta + _EPS))
-    return tuple(F.pad(s.cumsum(0), (0, 0, 1, 0)) for s in (log_steps, slope_steps))
+    positive = theta + _EPS
+    log_steps = torch.log(k + 1) - torch.log1p((k - _EPS) / positive)
+    slope_steps = (k - _EPS) / ((k + theta) * positive)
+    table = theta.new_zeros(2, _N_TABULATED, len(theta))
+    for rows, steps in zip(table, (log_steps, slope_steps), strict=True):
+        torch.cumsum(steps, 0, out=rows[1:])
+    return table
 
 
 # In the losses the dense terms are those of a zero; at the counts, the whole of an entry is put in
-# their place.
+# their place. Dense terms have shape (n_outputs, n_cells, n_genes), entries (n_outputs, n_entries).
 
 
 class _NegativeBinomialLosses(Function):
@@ -169,130 +188,125 @@ class _NegativeBinomialLosses(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, theta: Tensor, counts: _Counts, *means: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.entries = _Entries(means, counts)
-        ctx.dense = [_log_1u(mu, theta) for mu in means]
-        ctx.save_for_backward(theta)
-        losses = []
-        for (_, log_1u), own in zip(ctx.dense, ctx.entries.loss(), strict=True):
-            counts.nonzero.fill(log_1u, 0.0)  # nothing reads the dense terms at the counts
-            losses.append(counts.nonzero.sum_per_cell(own) + _sum_weighted(log_1u, theta))
-        return tuple(losses)
+        ctx: FunctionCtx, theta: Tensor, library: Tensor, counts: _Counts, *outputs: Tensor
+    ) -> Tensor:
+        scale, mu = _means(outputs, library)
+        ctx.entries = _Entries(mu, counts)
+        u, log_1u = _log_1u(mu, theta, out=mu)
+        counts.nonzero.fill(log_1u, 0.0)  # nothing reads the dense terms at the counts
+        ctx.save_for_backward(theta, scale, u, log_1u)
+        return counts.nonzero.sum_per_cell(ctx.entries.loss()) + _sum_weighted(log_1u, theta)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (theta,) = ctx.saved_tensors
-        nonzero = ctx.entries.counts.nonzero
-        slopes, theta_slopes = ctx.entries.slopes()
-        mean_grads, theta_grad = [], None
-        for k, (grad, (u, log_1u)) in enumerate(zip(grads, ctx.dense, strict=True)):
-            slope = _slope(u, theta)
-            if ctx.needs_input_grad[0]:
-                theta_slope = torch.addcmul(log_1u, u, slope, value=-1)
-                nonzero.put(theta_slope, theta_slopes[k])
-                theta_grad = _add_weighted(theta_grad, grad, theta_slope, len(theta))
-            if ctx.needs_input_grad[2 + k]:
-                nonzero.put(slope, slopes[k])
-                mean_grads.append(slope.mul_(grad.unsqueeze(1)))
-            else:
-                mean_grads.append(None)
-        return theta_grad, None, *mean_grads
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        theta, scale, u, log_1u = ctx.saved_tensors
+        nonzero, (slopes, theta_slopes) = ctx.entries.counts.nonzero, ctx.entries.slopes()
+        share, theta_grad, to_means = _share(u), None, (None, None)
+        if ctx.needs_input_grad[0]:
+            theta_slope = log_1u.addcmul_(share, theta / (theta + _EPS), value=-1)
+            theta_grad = _sum_cells(nonzero.put(theta_slope, theta_slopes), grad, len(theta))
+        if any(ctx.needs_input_grad[1:]):
+            slope = nonzero.put(share.mul_(theta), slopes)
+            to_means = _through_means(slope.mul_(grad.unsqueeze(2)), scale)
+        return _gradients(ctx, theta_grad, *to_means)
 
 
 class _ZeroInflatedLosses(Function):
-    r"""The same under zero inflation: a zero comes from either source, a count only from the NB.
-
-    .. math:: -\log p(0) = \mathrm{softplus}(-l) - \mathrm{softplus}(-l - \theta \log(1 + u))
-
-    with the logit :math:`l` of the inflation.
-    """
+    """The same under zero inflation, whose logits are the second half of each output."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, theta: Tensor, counts: _Counts, *means_and_logits: Tensor
-    ) -> tuple[Tensor, ...]:
-        n = len(means_and_logits) // 2
-        means, zi_logits = means_and_logits[:n], means_and_logits[n:]
-        ctx.entries = _Entries(means, counts)
-        counted = torch.stack([counts.nonzero.pick(logits) for logits in zi_logits])
-        own_losses = ctx.entries.loss().add_(F.softplus(counted))
-        losses, ctx.dense = [], []
-        for mu, logits, own in zip(means, zi_logits, own_losses, strict=True):
-            u, log_1u = _log_1u(mu, theta)
-            both = torch.mul(log_1u, theta).add_(logits).neg_()
-            loss = F.softplus(-logits).sub_(F.softplus(both))
-            losses.append(counts.nonzero.put(loss, own).sum(-1))
-            ctx.dense.append((u, log_1u, both))
-        ctx.save_for_backward(theta, *zi_logits)
-        return tuple(losses)
+        ctx: FunctionCtx, theta: Tensor, library: Tensor, counts: _Counts, *outputs: Tensor
+    ) -> Tensor:
+        halves = [output.chunk(2, dim=1) for output in outputs]
+        scale, mu = _means([half[0] for half in halves], library)
+        zi_logits = torch.stack([half[1] for half in halves])
+        ctx.entries = _Entries(mu, counts)
+        ctx.zi_logits = counts.nonzero.pick(zi_logits)
+        own = ctx.entries.loss().add_(F.softplus(ctx.zi_logits))
+        u, log_1u = _log_1u(mu, theta, out=mu)
+        inflated = torch.sigmoid_(zi_logits)
+        counted = torch.mul(log_1u, -theta).exp_().mul_(1 - inflated)
+        zero = (inflated + counted).clamp_(min=torch.finfo(theta.dtype).tiny)
+        counted /= zero  # probability that a zero comes from the negative binomial
+        ctx.save_for_backward(theta, scale, u, log_1u, inflated, counted)
+        return counts.nonzero.put(zero.log_().neg_(), own).sum(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        theta, *zi_logits = ctx.saved_tensors
-        nonzero = ctx.entries.counts.nonzero
-        slopes, theta_slopes = ctx.entries.slopes()
-        mean_grads, logits_grads, theta_grad = [], [], None
-        for k, (grad, logits, (u, log_1u, both)) in enumerate(
-            zip(grads, zi_logits, ctx.dense, strict=True)
-        ):
-            per_cell = grad.unsqueeze(1)
-            counted = torch.sigmoid(both)  # probability that a zero comes from the NB
-            slope = _slope(u, theta)
-            if ctx.needs_input_grad[0]:
-                theta_slope = torch.addcmul(log_1u, u, slope, value=-1).mul_(counted)
-                nonzero.put(theta_slope, theta_slopes[k])
-                theta_grad = _add_weighted(theta_grad, grad, theta_slope, len(theta))
-            if not any(ctx.needs_input_grad[2:]):
-                mean_grads.append(None)
-                logits_grads.append(None)
-                continue
-            logits_slope = counted - torch.sigmoid(-logits)
-            nonzero.put(logits_slope, torch.sigmoid(nonzero.pick(logits)))
-            logits_grads.append(logits_slope.mul_(per_cell))
-            nonzero.put(slope.mul_(counted), slopes[k])
-            mean_grads.append(slope.mul_(per_cell))
-        return theta_grad, None, *mean_grads, *logits_grads
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        theta, scale, u, log_1u, inflated, counted = ctx.saved_tensors
+        nonzero, (slopes, theta_slopes) = ctx.entries.counts.nonzero, ctx.entries.slopes()
+        share, theta_grad, to_outputs = _share(u), None, (None, None)
+        if ctx.needs_input_grad[0]:
+            theta_slope = log_1u.addcmul_(share, theta / (theta + _EPS), value=-1).mul_(counted)
+            theta_grad = _sum_cells(nonzero.put(theta_slope, theta_slopes), grad, len(theta))
+        if any(ctx.needs_input_grad[1:]):
+            per_cell = grad.unsqueeze(2)
+            slope = nonzero.put(share.mul_(theta).mul_(counted), slopes)
+            to_means, library_grad = _through_means(slope.mul_(per_cell), scale)
+            zi_slope = nonzero.put(counted.add_(inflated).sub_(1), torch.sigmoid(ctx.zi_logits))
+            to_outputs = torch.cat([to_means, zi_slope.mul_(per_cell)], dim=2), library_grad
+        return _gradients(ctx, theta_grad, *to_outputs)
 
 
-def _log_1u(mu: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return u and log(1 + u), ``(n_cells, n_genes)``."""
-    u = mu / (theta + _EPS)
+def _means(outputs: Sequence[Tensor], library: Tensor) -> tuple[Tensor, Tensor]:
+    """Return shares of the library, and means: new tensors."""
+    scale = outputs[0].new_empty(len(outputs), *outputs[0].shape)
+    for output, own in zip(outputs, scale, strict=True):
+        torch.softmax(output, -1, out=own)
+    return scale, scale * torch.exp(library)
+
+
+def _through_means(slope: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn derivatives by log(mu) into those by the outputs, in place, and by the log library."""
+    total = slope.sum(-1, keepdim=True)
+    return slope.addcmul_(scale, total, value=-1), total.sum(0)
+
+
+def _gradients(
+    ctx: FunctionCtx, theta: Tensor | None, outputs: Tensor | None, library: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients in the order of the arguments of the losses."""
+    n_outputs = len(ctx.needs_input_grad) - 3
+    return theta, library, None, *([None] * n_outputs if outputs is None else outputs)
+
+
+def _log_1u(mu: Tensor, theta: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return u, in place of ``out`` if given, and log(1 + u)."""
+    u = torch.div(mu, theta + _EPS, out=out)
     return u, torch.log1p(u)
 
 
+def _share(u: Tensor) -> Tensor:
+    """Return u / (1 + u), a new tensor, as far as u is finite."""
+    total = u + 1
+    return torch.div(u, total, out=total)
+
+
 def _sum_weighted(values: Tensor, theta: Tensor) -> Tensor:
-    """Return the sum over genes of values times theta, ``(n_cells,)``."""
+    """Return the sum over genes of values times theta, ``(n_outputs, n_cells)``."""
     if len(theta) > 1:
         return (values * theta).sum(-1)
     with torch.autocast(values.device.type, enabled=False):
         return values @ theta[0]
 
 
-def _slope(u: Tensor, theta: Tensor) -> Tensor:
-    """Return the derivative of theta log(1 + u) by mu, ``(n_cells, n_genes)``."""
-    total = u + 1
-    return torch.div(theta / (theta + _EPS), total, out=total)
-
-
-def _add_weighted(total: Tensor | None, grad: Tensor, slope: Tensor, n_thetas: int) -> Tensor:
-    """Add to the gradient of theta the slopes of a loss, weighted by the cells' gradients."""
-    if n_thetas == 1:
-        with torch.autocast(slope.device.type, enabled=False):
-            own = (grad @ slope).unsqueeze(0)
-    else:
-        own = slope.mul_(grad.unsqueeze(1))
-    return own if total is None else total.add_(own)
+def _sum_cells(slope: Tensor, grad: Tensor, n_thetas: int) -> Tensor:
+    """Return the gradient of theta: slopes times the gradients of the losses, summed."""
+    if n_thetas > 1:
+        return slope.mul_(grad.unsqueeze(2)).sum(0)
+    with torch.autocast(slope.device.type, enabled=False):
+        return grad.reshape(1, -1) @ slope.flatten(0, 1)
 
 
 class _Entries:
-    """What the counts' entries of the losses owe to mu: all of ``(n_likelihoods, n_entries)``."""
+    """What the counts' entries of the losses owe to mu: all of ``(n_outputs, n_entries)``."""
 
-    def __init__(self, means: Sequence[Tensor], counts: _Counts) -> None:
+    def __init__(self, means: Tensor, counts: _Counts) -> None:
         self.counts = counts
-        self.mu = torch.stack([counts.nonzero.pick(mu) for mu in means])
+        self.mu = counts.nonzero.pick(means)
         if counts.small is not None:
             self.u, self.log_1u = _log_1u(self.mu, counts.small.theta)
         self.exact_mu = _wide(self.mu[:, counts.exact_at])
@@ -307,7 +321,7 @@ class _Entries:
         return loss.index_copy_(1, self.counts.exact_at, exact)
 
     def slopes(self) -> tuple[Tensor, Tensor]:
-        """Return the derivatives of each count's loss by mu and by theta."""
+        """Return the derivatives of each count's loss by log(mu) and by theta."""
         exact = self.counts.exact.slopes(self.exact_mu, self.exact_u, self.exact_log_1u)
         exact = tuple(slope.to(self.mu.dtype) for slope in exact)
         if self.counts.small is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,40 +49,22 @@ def kl_to_unit_normal(q: torch.distributions.Normal, prior_mean: Tensor) -> Tens
     return (0.5 * (squared - 1) - q.scale.log()).sum(-1)
 
 
-def adversary_cross_entropy(logits: Tensor, condition_index: Tensor) -> Tensor:
-    r"""What the adversary minimises: :math:`-\log g(y \mid h)` of each cell, in nats.
-
-    Parameters
-    ----------
-    logits
-        The adversary's unnormalised prediction, shape ``(n_cells, n_conditions)``.
-    condition_index
-        Codes of the true conditions, ``int64`` of shape ``(n_cells,)``.
-
-    Returns
-    -------
-    Cross-entropy of shape ``(n_cells,)``.
-    """
-    return F.cross_entropy(logits, condition_index, reduction="none")
-
-
-def adversary_entropy(logits: Tensor) -> Tensor:
+def adversary_entropy(log_prediction: Tensor) -> Tensor:
     r"""Entropy of the adversary's prediction for each cell, in nats, in [0, log n_conditions].
 
     Parameters
     ----------
-    logits
-        The adversary's unnormalised prediction, shape ``(n_cells, n_conditions)``.
+    log_prediction
+        The adversary's log probabilities, shape ``(n_cells, n_conditions)``.
 
     Returns
     -------
     Entropy of shape ``(n_cells,)``.
     """
-    log_prediction = F.log_softmax(logits, dim=-1)
     return -(log_prediction.exp() * log_prediction).sum(-1)
 
 
-def adversarial_loss(logits: Tensor, target: Tensor, condition_index: Tensor) -> Tensor:
+def adversarial_loss(log_prediction: Tensor, target: Tensor, condition_index: Tensor) -> Tensor:
     r"""What the rest of the model minimises: how much the adversary knows, seen from both sides.
 
     .. math::
@@ -105,8 +86,8 @@ def adversarial_loss(logits: Tensor, target: Tensor, condition_index: Tensor) ->
 
     Parameters
     ----------
-    logits
-        The adversary's unnormalised prediction, shape ``(n_cells, n_conditions)``.
+    log_prediction
+        The adversary's log probabilities, shape ``(n_cells, n_conditions)``.
     target
         What is known without `h`: the frequencies of the conditions, or their frequencies given
         the cell's label; rows sum to 1, shape ``(n_cells, n_conditions)`` or
@@ -122,7 +103,6 @@ def adversarial_loss(logits: Tensor, target: Tensor, condition_index: Tensor) ->
     -----
     The paper :cite:p:`Slavutsky2025` maximises the entropy of the prediction.
     """
-    log_prediction = F.log_softmax(logits, dim=-1)
     divergence = (torch.xlogy(target, target) - target * log_prediction).sum(-1)
     own = log_prediction.gather(-1, condition_index.unsqueeze(-1)).squeeze(-1)
-    return divergence + min(logits.shape[-1] / _N_LEVELS_OF_FULL_WEIGHT, 1.0) * own
+    return divergence + min(log_prediction.shape[-1] / _N_LEVELS_OF_FULL_WEIGHT, 1.0) * own

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.nn.functional as F
 from scvi import REGISTRY_KEYS
-from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import nn
 
 from ._adversary import Adversary
 from ._conditions import Conditions
 from ._counts import SparseCells
+from ._decoded import likelihood_of
 from ._keys import (
     CONDITION_FEATURES_KEY,
     CONDITION_KEY,
     DOSE_KEY,
     LIBRARY_KEY,
+    OUTPUTS_KEY,
     PW_KEY,
     PX_KEY,
     PX_SHARED_KEY,
@@ -32,7 +33,6 @@ from ._keys import (
 from ._likelihoods import reconstruction_losses
 from ._losses import (
     adversarial_loss,
-    adversary_cross_entropy,
     adversary_entropy,
     kl_to_standard_normal,
     kl_to_unit_normal,
@@ -279,20 +279,28 @@ class DiscoverVAE(BaseModuleClass):
         batch_index: Tensor,
         categories: Tensor,
         continuous: Tensor | None,
-    ) -> dict[str, Tensor | torch.distributions.Distribution]:
-        """Return both likelihoods, from z and w and from z alone, and the prior mean of w."""
+        likelihoods: bool = True,
+    ) -> dict[str, Tensor | tuple[Tensor, Tensor] | torch.distributions.Distribution]:
+        """Return what is decoded from z and w and from z alone, and the prior mean of w.
+
+        ``likelihoods=False`` leaves out the distributions that the decoders' outputs stand for:
+        the loss reads the outputs.
+        """
         theta = self.theta(batch_index)
         covariates = (categories, continuous)
         output = self.decoder(torch.cat([z, w], dim=-1), *covariates)
         shared_hidden = self.shared_decoder.hidden(z, *covariates)
         shared_output = self.shared_decoder.read_out(shared_hidden, *covariates)
-        return {
-            PX_KEY: self._likelihood(output, library, theta),
-            PX_SHARED_KEY: self._likelihood(shared_output, library, theta),
+        outputs = {
+            OUTPUTS_KEY: (output, shared_output),
             SHARED_HIDDEN_KEY: shared_hidden,
             PW_KEY: self.prior(z, condition_features),
             THETA_KEY: theta,
         }
+        if likelihoods:
+            outputs[PX_KEY] = self.likelihood(output, library, theta)
+            outputs[PX_SHARED_KEY] = self.likelihood(shared_output, library, theta)
+        return outputs
 
     @auto_move_data
     def decode(
@@ -301,32 +309,18 @@ class DiscoverVAE(BaseModuleClass):
         """Return the likelihood of given latents under the covariates of a minibatch."""
         batch_index, *covariates = self.covariates(tensors)
         output = self.decoder(torch.cat([z, w], dim=-1), *covariates)
-        return self._likelihood(output, library, self.theta(batch_index))
+        return self.likelihood(output, library, self.theta(batch_index))
 
     def theta(self, batch_index: Tensor) -> Tensor:
         """Return the inverse dispersion, positive, ``(1 or n_cells, n_genes)``."""
         theta = torch.exp(self.log_theta)
         return theta[batch_index.squeeze(-1)] if self.dispersion == "gene-batch" else theta
 
-    def _likelihood(
-        self, output: Tensor, library: Tensor | None, theta: Tensor
+    def likelihood(
+        self, output: Tensor, library: Tensor, theta: Tensor
     ) -> torch.distributions.Distribution:
-        """Return the likelihood of decoder output; a normal one reads no library."""
-        if self.gene_likelihood == "normal":
-            # theta is an inverse variance here
-            scale = torch.rsqrt(theta).expand_as(output)
-            return Normal(output, scale, validate_args=False, normal_mu=output)
-        if self.gene_likelihood == "zinb":
-            output, zi_logits = output.chunk(2, dim=-1)
-        scale = F.softmax(output, dim=-1)
-        rate = torch.exp(library) * scale
-        if self.gene_likelihood == "poisson":
-            return Poisson(rate=rate, validate_args=False, scale=scale)
-        if self.gene_likelihood == "zinb":
-            return ZeroInflatedNegativeBinomial(
-                mu=rate, theta=theta, zi_logits=zi_logits, scale=scale
-            )
-        return NegativeBinomial(mu=rate, theta=theta, scale=scale)
+        """Return the likelihood of decoder output (:func:`~discover_sc._decoded.likelihood_of`)."""
+        return likelihood_of(self.gene_likelihood, output, library, theta)
 
     # ------------------------------------------------------------------ objective
 
@@ -341,7 +335,9 @@ class DiscoverVAE(BaseModuleClass):
         x = tensors[REGISTRY_KEYS.X_KEY]
         reconstruction, shared = reconstruction_losses(
             x,
-            [generative_outputs[PX_KEY], generative_outputs[PX_SHARED_KEY]],
+            self.gene_likelihood,
+            generative_outputs[OUTPUTS_KEY],
+            inference_outputs[LIBRARY_KEY],
             generative_outputs[THETA_KEY],
         )
         kl_z = kl_to_standard_normal(inference_outputs[QZ_KEY])
@@ -355,14 +351,14 @@ class DiscoverVAE(BaseModuleClass):
             + self.shared_reconstruction_weight * shared
             + kl_weight * (self.kl_z_weight * kl_z + self.kl_w_weight * kl_w)
         )
+        kl = {"kl_z": kl_z.detach(), "kl_w": kl_w.detach()}
         return LossOutput(
             loss=loss.mean(),
-            reconstruction_loss=reconstruction,
-            kl_local={"kl_z": kl_z, "kl_w": kl_w},
+            reconstruction_loss=reconstruction.detach(),
+            kl_local=kl,
             extra_metrics={
                 "shared_reconstruction_loss": shared.detach().mean(),
-                "kl_z": kl_z.detach().mean(),
-                "kl_w": kl_w.detach().mean(),
+                **{name: divergence.mean() for name, divergence in kl.items()},
             },
         )
 
@@ -382,34 +378,31 @@ class DiscoverVAE(BaseModuleClass):
         Covariates are permuted between cells before the last two: a batch that goes with a
         condition would tell it.
         """
-        hidden, px_shared = generative_outputs[SHARED_HIDDEN_KEY], generative_outputs[PX_SHARED_KEY]
+        hidden, output = generative_outputs[SHARED_HIDDEN_KEY], generative_outputs[OUTPUTS_KEY][1]
         reads_reconstruction = "reconstruction" in self._read_by_adversary
         if self.has_covariates and self._read_by_adversary != ("z",):
-            batch_index, *covariates = self._permuted_covariates(tensors)
+            covariates = self._permuted_covariates(tensors)
             hidden = self.shared_decoder.hidden(inference_outputs[Z_KEY], *covariates)
             if reads_reconstruction:
                 output = self.shared_decoder.read_out(hidden, *covariates)
-                library = inference_outputs[LIBRARY_KEY]
-                px_shared = self._likelihood(output, library, self.theta(batch_index))
         parts = {"z": inference_outputs[QZ_KEY].loc, "hidden": hidden}
         if reads_reconstruction:
-            parts["reconstruction"] = self._as_read(px_shared)
+            parts["reconstruction"] = self._as_read(output)
         return torch.cat([parts[name] for name in self._read_by_adversary], dim=1)
 
-    def _permuted_covariates(
-        self, tensors: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _permuted_covariates(self, tensors: dict[str, Tensor]) -> list[Tensor | None]:
         """Return the covariates, each cell's those of another cell."""
         batch_index, *covariates = self.covariates(tensors)
         order = torch.randperm(len(batch_index), device=batch_index.device)
-        return batch_index[order], *(c if c is None else c[order] for c in covariates)
+        return [c if c is None else c[order] for c in covariates]
 
-    def _as_read(self, px: torch.distributions.Distribution) -> Tensor:
+    def _as_read(self, output: Tensor) -> Tensor:
         if self.gene_likelihood == "normal":
-            return px.loc
-        scale = px.scale
-        if self.gene_likelihood == "zinb":  # the inflation must not be a way past the adversary
-            scale = scale * torch.sigmoid(-px.zi_logits)
+            return output
+        logits, *zi_logits = output.split(self.n_input, dim=-1)
+        scale = torch.softmax(logits, dim=-1)
+        if zi_logits:  # the inflation must not be a way past the adversary
+            scale = scale * torch.sigmoid(-zi_logits[0])
         return torch.log1p(self.n_input * scale)
 
     def _labels(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -443,17 +436,18 @@ class DiscoverVAE(BaseModuleClass):
         losses, cross_entropy, accuracy, entropy = [], [], [], []
         for key, (logits, target) in enumerate(zip(per_key, self._targets(tensors), strict=True)):
             truth = condition_index[:, key]
-            losses.append(adversarial_loss(logits, target, truth).mean())
+            log_prediction = F.log_softmax(logits, dim=-1)
+            losses.append(adversarial_loss(log_prediction, target, truth).mean())
             with torch.no_grad():
-                cross_entropy.append(adversary_cross_entropy(logits, truth).mean())
+                cross_entropy.append(F.nll_loss(log_prediction, truth))
                 accuracy.append((logits.argmax(-1) == truth).float().mean())
-                entropy.append(adversary_entropy(logits).mean())
+                entropy.append(adversary_entropy(log_prediction).mean())
         metrics = {
-            "adversary_cross_entropy": torch.stack(cross_entropy).mean(),
-            "adversary_accuracy": torch.stack(accuracy).mean(),
-            "adversary_entropy": torch.stack(entropy).mean(),
+            "adversary_cross_entropy": _mean(cross_entropy),
+            "adversary_accuracy": _mean(accuracy),
+            "adversary_entropy": _mean(entropy),
         }
-        return sum(losses), metrics
+        return sum(losses[1:], losses[0]), metrics
 
     def chance(self) -> dict[str, float]:
         """Return what the adversary reaches without reading anything, averaged over the keys.
@@ -472,6 +466,10 @@ class DiscoverVAE(BaseModuleClass):
             "adversary_chance_accuracy": float(torch.stack(accuracy).mean()),
             "adversary_chance_cross_entropy": float(torch.stack(entropy).mean()),
         }
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
 def _total(x: Tensor | SparseCells) -> Tensor:

@@ -106,9 +106,8 @@ class HiddenLayers(nn.Module):
 
 
 def _activation(n_hidden: int, dropout_rate: float) -> nn.Sequential:
-    return nn.Sequential(
-        nn.BatchNorm1d(n_hidden, momentum=0.01, eps=0.001), nn.ReLU(), nn.Dropout(dropout_rate)
-    )
+    norm = nn.BatchNorm1d(n_hidden, momentum=0.01, eps=0.001)
+    return nn.Sequential(norm, nn.ReLU(), *([nn.Dropout(dropout_rate)] if dropout_rate else []))
 
 
 class Encoder(nn.Module):
@@ -126,14 +125,12 @@ class Encoder(nn.Module):
         super().__init__()
         conditions = ConditionVectors(n_features, n_hidden) if n_features else None
         self.hidden = HiddenLayers(n_input, n_hidden, n_layers, dropout_rate, conditions)
-        self.loc = nn.Linear(n_hidden, n_output)
-        self.log_var = nn.Linear(n_hidden, n_output)
+        self.posterior = nn.Linear(n_hidden, 2 * n_output)  # means, then log variances
 
     def forward(self, x: Tensor | SparseCells, *condition_features: Tensor) -> Normal:
         """Return the posterior over ``(n_cells, n_output)``."""
-        hidden = self.hidden(x, *condition_features)
-        scale = torch.exp(0.5 * self.log_var(hidden)) + _MIN_SCALE
-        return Normal(self.loc(hidden), scale, validate_args=False)
+        loc, log_var = self.posterior(self.hidden(x, *condition_features)).chunk(2, dim=-1)
+        return Normal(loc, torch.exp(0.5 * log_var) + _MIN_SCALE, validate_args=False)
 
 
 class Decoder(nn.Module):
@@ -152,7 +149,9 @@ class Decoder(nn.Module):
         n_continuous: int,
     ) -> None:
         super().__init__()
-        covariates = Covariates(n_cats_per_key, n_continuous, n_hidden)
+        covariates = None
+        if n_cats_per_key or n_continuous:
+            covariates = Covariates(n_cats_per_key, n_continuous, n_hidden)
         self.hidden = HiddenLayers(n_latent, n_hidden, n_layers, 0.0, covariates)
         self.output = nn.Linear(n_hidden, n_output)
         self.n_hidden = n_hidden

@@ -20,6 +20,14 @@ class AdamW(torch.optim.AdamW):
     share one counter.
     """
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; see :meth:`torch.optim.Optimizer.zero_grad`."""
+        if not set_to_none:
+            return super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Update every parameter that has a gradient; see :class:`torch.optim.AdamW`."""

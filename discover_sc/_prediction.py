@@ -154,7 +154,7 @@ class _Result:
 
 def _empty_result(model: DISCoVeR, source: ad.AnnData) -> _Result:
     shape = source.shape
-    n_w = model.module.w_encoder.loc.out_features
+    n_w = model.module.n_latents["w"]
     mean, lower, upper = (np.empty(shape, dtype=np.float32) for _ in range(3))
     w, support = np.empty((shape[0], n_w), dtype=np.float32), np.empty(shape[0])
     return _Result(mean, lower, upper, w, support)

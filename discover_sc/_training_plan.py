@@ -161,10 +161,7 @@ class DiscoverTrainingPlan(TrainingPlan):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Step the adversary on what it reads, detached, then the model against it."""
         model_optimizer, adversary_optimizer = self.optimizers()
-        inference_outputs, generative_outputs, losses = self.module(
-            batch, loss_kwargs={"kl_weight": self.kl_weight}
-        )
-        representation = self.module.representation(batch, inference_outputs, generative_outputs)
+        representation, losses = self._forward(batch)
         if self.module.adversarial_weight > 0:
             self._step_adversary(adversary_optimizer.optimizer, representation, batch)
         adversarial_loss, metrics = self._game(representation, batch)
@@ -175,6 +172,16 @@ class DiscoverTrainingPlan(TrainingPlan):
         if batch_idx % _N_STEPS_UNWATCHED == 0:
             self.check_terms()
         return loss.detach()
+
+    def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, LossOutput]:
+        """Return what the adversary reads of a minibatch, and the model's own losses."""
+        inference_outputs, generative_outputs, losses = self.module(
+            batch,
+            generative_kwargs={"likelihoods": False},
+            loss_kwargs={"kl_weight": self.kl_weight},
+        )
+        read = self.module.representation(batch, inference_outputs, generative_outputs)
+        return read, losses
 
     def _step_adversary(
         self, optimizer: torch.optim.Optimizer, representation: Tensor, batch: dict
@@ -209,10 +216,7 @@ class DiscoverTrainingPlan(TrainingPlan):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Record the same terms on held-out cells, the adversary's among them."""
-        inference_outputs, generative_outputs, losses = self.module(
-            batch, loss_kwargs={"kl_weight": self.kl_weight}
-        )
-        representation = self.module.representation(batch, inference_outputs, generative_outputs)
+        representation, losses = self._forward(batch)
         adversarial_loss, metrics = self.module.game(representation, batch)
         loss = losses.loss + self.module.adversarial_weight * adversarial_loss
         self._epoch["validation"].add(self._terms(loss, losses, metrics), losses.n_obs_minibatch)

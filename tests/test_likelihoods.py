@@ -6,6 +6,7 @@ import scipy.stats
 import torch
 from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
 
+from discover_sc._decoded import likelihood_of
 from discover_sc._likelihoods import reconstruction_losses
 
 KINDS = ("nb", "zinb", "poisson", "normal")
@@ -22,6 +23,15 @@ def make_likelihood(kind, mu, theta, zi_logits):
     return Normal(mu, torch.rsqrt(theta).expand_as(mu), normal_mu=mu)
 
 
+def decoder_output(kind, mu, zi_logits):
+    """Return the output and the log library that stand for these means."""
+    library = mu.sum(-1, keepdim=True).log()
+    if kind == "normal":
+        return mu, library
+    logits = mu.log()
+    return torch.cat([logits, zi_logits], -1) if kind == "zinb" else logits, library
+
+
 def draw_case(library, theta, n_theta=1):
     """Counts, half of them of silent genes, and the parameters of a likelihood; float64."""
     rng = np.random.default_rng(0)
@@ -33,21 +43,21 @@ def draw_case(library, theta, n_theta=1):
     return [torch.as_tensor(a, dtype=torch.float64) for a in (x, mu, thetas, zi_logits)]
 
 
-def loss_and_gradients(kind, case, loss_of):
+def own_loss(kind, x, mu, theta, zi_logits):
+    output, library = decoder_output(kind, mu, zi_logits)
+    return reconstruction_losses(x, kind, [output], library, theta)[0]
+
+
+def scvi_loss(kind, x, *parameters):
+    return -make_likelihood(kind, *parameters).log_prob(x).sum(-1)
+
+
+def loss_and_gradients(kind, case, loss_of, weight=1.0):
     x, *parameters = case
     parameters = [p.clone().requires_grad_() for p in parameters]
-    px = make_likelihood(kind, *parameters)
-    loss = loss_of(x, px, parameters[1])
-    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+    loss = loss_of(kind, x, *parameters)
+    gradients = torch.autograd.grad((weight * loss).sum(), parameters, allow_unused=True)
     return loss.detach(), [g for g in gradients if g is not None]
-
-
-def own_loss(x, px, theta):
-    return reconstruction_losses(x, [px], theta)[0]
-
-
-def scvi_loss(x, px, theta):
-    return -px.log_prob(x).sum(-1)
 
 
 @pytest.mark.parametrize("n_theta", [1, N_CELLS], ids=["theta per gene", "theta per cell and gene"])
@@ -71,48 +81,64 @@ def test_reconstruction_loss_and_its_gradients_are_those_of_scvi(kind, library, 
 @pytest.mark.parametrize("kind", ["nb", "zinb", "poisson"])
 def test_reconstruction_loss_in_single_precision_is_that_of_scvi_in_double(kind, library, theta):
     """Its terms cancel, x log(mu) against (x + theta) log(theta + mu): digits are easily lost."""
-    single = [tensor.float() for tensor in draw_case(library, theta)]
-    exact, exact_gradients = loss_and_gradients(kind, [t.double() for t in single], scvi_loss)
-    loss, gradients = loss_and_gradients(kind, single, own_loss)
+    x, mu, theta, zi_logits = (tensor.float() for tensor in draw_case(library, theta))
+    leaves = [theta, *decoder_output(kind, mu, zi_logits)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    (loss,) = reconstruction_losses(x, kind, leaves[1:2], leaves[2], leaves[0])
+    gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    # the means that both see are those that single precision gives
+    px = likelihood_of(kind, leaves[1], leaves[2], theta)
+    mu, scale = (
+        (px.rate if kind == "poisson" else px.mu).detach().double(),
+        px.scale.detach().double(),
+    )
+    exact, exact_gradients = loss_and_gradients(
+        kind, [t.detach().double() for t in (x, mu, theta, zi_logits)], scvi_loss
+    )
+    slope = mu * exact_gradients[0]
+    through_softmax = slope - scale * slope.sum(-1, keepdim=True)
+    to_output = torch.cat([through_softmax, *exact_gradients[2:]], dim=-1)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0.0)
     # the gradient to theta sums log(1 + u) - u / (1 + u), equal to first order in u = mu / theta
-    u = (single[1] / single[2]).double()
+    u = mu / theta.double()
     rounding = 1e-7 * float(torch.minimum(u, torch.ones_like(u)).sum(0).max())
-    for gradient, expected in zip(gradients, exact_gradients, strict=True):
-        atol = 1e-5 * float(expected.abs().max())
-        atol += rounding if gradient.shape == single[2].shape else 0.0
-        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=atol)
+    expected = {"output": to_output, "library": slope.sum(-1, keepdim=True)}
+    if kind != "poisson":
+        expected["theta"] = exact_gradients[1]
+    found = dict(zip(("theta", "output", "library"), gradients, strict=True))
+    for name, gradient in expected.items():
+        atol = 1e-5 * float(gradient.detach().abs().max()) + (rounding if name == "theta" else 0.0)
+        torch.testing.assert_close(found[name].double(), gradient, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["nb", "zinb"])
 def test_reconstruction_loss_is_finite_where_the_mean_vanishes_or_is_immense(kind):
     x = torch.tensor([[0.0, 1.0, 1e6, 0.0, 3.0, 1e6]])
     mu = torch.tensor([[0.0, 0.0, 0.0, 1e30, 1e30, 1e6]])
-    zi_logits = torch.tensor([[-80.0, 80.0, 0.0, 80.0, -80.0, 0.0]])
+    zi_logits = torch.tensor([[-200.0, 80.0, 0.0, -200.0, -80.0, 0.0]])
     for theta in (1e-30, 1e-4, 1e4, 1e30):
-        case = (x, mu, torch.full((1, 6), theta), zi_logits)
-        loss, gradients = loss_and_gradients(kind, case, own_loss)
+        leaves = [torch.full((1, 6), theta), *decoder_output(kind, mu, zi_logits)]
+        theta, output, library = (leaf.requires_grad_() for leaf in leaves)
+        (loss,) = reconstruction_losses(x, kind, [output], library, theta)
         assert torch.isfinite(loss).all()
-        assert all(torch.isfinite(g).all() for g in gradients), theta
+        for gradient in torch.autograd.grad(loss.sum(), [theta, output, library]):
+            assert torch.isfinite(gradient).all(), theta
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cells_weigh_in_the_gradient_as_they_weigh_in_the_loss(kind):
-    x, *parameters = draw_case(1e3, 2.0)
+    case = draw_case(1e3, 2.0)
     weight = torch.linspace(0.1, 2.0, N_CELLS, dtype=torch.float64)
-    gradients = []
-    for loss_of in (own_loss, scvi_loss):
-        leaves = [p.clone().requires_grad_() for p in parameters]
-        loss = loss_of(x, make_likelihood(kind, *leaves), leaves[1])
-        found = torch.autograd.grad((weight * loss).sum(), leaves, allow_unused=True)
-        gradients.append([g for g in found if g is not None])
-    torch.testing.assert_close(*gradients)
+    found, expected = (
+        loss_and_gradients(kind, case, loss_of, weight)[1] for loss_of in (own_loss, scvi_loss)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_negative_binomial_loss_by_hand():
     # theta = 1 is the geometric distribution: p(x) = 1 / (1 + mu) * (mu / (1 + mu))^x
-    px = NegativeBinomial(mu=torch.tensor([[1.0, 1.0, 3.0]]), theta=torch.ones(1, 3))
-    (loss,) = reconstruction_losses(torch.tensor([[0.0, 1.0, 2.0]]), [px], torch.ones(1, 3))
+    x, mu = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[1.0, 1.0, 3.0]])
+    loss = own_loss("nb", x, mu, torch.ones(1, 3), None)
     expected = math.log(2) + 2 * math.log(2) - math.log(0.25 * 0.75**2)
     torch.testing.assert_close(loss, torch.tensor([expected]))
 
@@ -120,14 +146,13 @@ def test_negative_binomial_loss_by_hand():
 def test_zero_inflated_loss_by_hand():
     # pi = 1/2, theta = 1, mu = 1: p(0) = 1/2 + 1/2 * 1/2, p(2) = 1/2 * 1/8
     theta, zi_logits = torch.ones(1, 2), torch.zeros(1, 2)
-    px = ZeroInflatedNegativeBinomial(mu=torch.ones(1, 2), theta=theta, zi_logits=zi_logits)
-    (loss,) = reconstruction_losses(torch.tensor([[0.0, 2.0]]), [px], theta)
+    loss = own_loss("zinb", torch.tensor([[0.0, 2.0]]), torch.ones(1, 2), theta, zi_logits)
     torch.testing.assert_close(loss, torch.tensor([-math.log(0.75) - math.log(1 / 16)]))
 
 
 def test_negative_binomial_loss_equals_a_plain_loop_over_lgamma():
     x, mu, theta, _ = draw_case(1e3, 2.0)
-    (loss,) = reconstruction_losses(x, [NegativeBinomial(mu=mu, theta=theta)], theta)
+    loss = own_loss("nb", x, mu, theta, None)
     for i in range(N_CELLS):
         log_p = 0.0
         for g in range(N_GENES):
@@ -156,31 +181,42 @@ def test_reconstruction_loss_is_that_of_scipy(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_reconstruction_losses_of_two_likelihoods_are_those_of_each_alone(kind):
     x, mu, theta, zi_logits = draw_case(1e3, 2.0)
-    full = make_likelihood(kind, mu, theta, zi_logits)
-    shared = make_likelihood(kind, mu.flip(1), theta, -zi_logits)
-    both = reconstruction_losses(x, [full, shared], theta)
-    for loss, px in zip(both, (full, shared), strict=True):
-        torch.testing.assert_close(loss, own_loss(x, px, theta))
+    full, library = decoder_output(kind, mu, zi_logits)
+    shared, _ = decoder_output(kind, mu.flip(1), -zi_logits)
+    both = reconstruction_losses(x, kind, [full, shared], library, theta)
+    for loss, output in zip(both, (full, shared), strict=True):
+        (alone,) = reconstruction_losses(x, kind, [output], library, theta)
+        torch.testing.assert_close(loss, alone)
     assert not torch.allclose(*both)
+
+
+@pytest.mark.parametrize("kind", ["nb", "zinb"])
+def test_the_loss_gives_the_gradient_to_theta_alone(kind):
+    """The means may be given: the dispersion is fitted afterwards."""
+    x, mu, theta, zi_logits = draw_case(1e3, 2.0)
+    _, gradients = loss_and_gradients(kind, (x, mu, theta, zi_logits), own_loss)
+    theta.requires_grad_()
+    own_loss(kind, x, mu, theta, zi_logits).sum().backward()
+    torch.testing.assert_close(theta.grad, gradients[1])
 
 
 def test_reconstruction_loss_of_cells_without_counts_by_hand():
     # log NB(0) = theta * log(theta / (theta + mu)), log Poisson(0) = -mu
     mu, theta = torch.tensor([[1.0, 3.0], [2.0, 0.5]]), torch.tensor([[1.0, 2.0]])
     x = torch.zeros(2, 2)
-    (loss,) = reconstruction_losses(x, [NegativeBinomial(mu=mu, theta=theta)], theta)
+    loss = own_loss("nb", x, mu, theta, None)
     torch.testing.assert_close(loss, (theta * torch.log((theta + mu) / theta)).sum(-1))
-    (loss,) = reconstruction_losses(x, [Poisson(rate=mu)], theta)
+    loss = own_loss("poisson", x, mu, theta, None)
     torch.testing.assert_close(loss, torch.tensor([4.0, 2.5]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_permuted_cells_have_permuted_reconstruction_losses(kind):
     x, mu, theta, zi_logits = draw_case(1e3, 2.0, n_theta=N_CELLS)
-    loss = own_loss(x, make_likelihood(kind, mu, theta, zi_logits), theta)
+    loss = own_loss(kind, x, mu, theta, zi_logits)
     order = torch.randperm(N_CELLS, generator=torch.Generator().manual_seed(0))
-    permuted = make_likelihood(kind, mu[order], theta[order], zi_logits[order])
-    torch.testing.assert_close(own_loss(x[order], permuted, theta[order]), loss[order])
+    permuted = (tensor[order] for tensor in (x, mu, theta, zi_logits))
+    torch.testing.assert_close(own_loss(kind, *permuted), loss[order])
 
 
 @pytest.mark.parametrize("kind", ["nb", "zinb", "poisson"])

@@ -135,7 +135,8 @@ def test_zero_inflation_is_part_of_what_the_adversary_reads():
     read = module.representation(tensors, inference, generative)
     expected = px.mean / inference["library"].exp()  # scvi-tools' mean, inflation included
     torch.testing.assert_close(read, torch.log1p(N_GENES * expected))
-    generative["px_shared"].zi_logits = px.zi_logits + 1.0
+    output, shared_output = generative["outputs"]
+    shared_output[:, N_GENES:] += 1.0
     other = module.representation(tensors, inference, generative)
     assert (other < read).all()
 

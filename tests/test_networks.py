@@ -67,7 +67,7 @@ def test_encoder_returns_a_normal_whose_scale_is_the_root_of_the_variance_it_pre
     encoder = Encoder(5, 3, n_hidden=8, n_layers=1, dropout_rate=0.0).eval()
     x = draw(N_CELLS, 5)
     posterior = encoder(x)
-    variance = torch.exp(encoder.log_var(encoder.hidden(x)))
+    variance = torch.exp(encoder.posterior(encoder.hidden(x))[:, 3:])
     assert isinstance(posterior, Normal)
     assert posterior.loc.shape == (N_CELLS, 3)
     torch.testing.assert_close(posterior.scale, variance.sqrt(), rtol=0.0, atol=2e-4)
@@ -75,7 +75,7 @@ def test_encoder_returns_a_normal_whose_scale_is_the_root_of_the_variance_it_pre
 
 def test_encoder_scale_stays_positive_and_its_logarithm_finite():
     encoder = Encoder(5, 3, n_hidden=8, n_layers=1, dropout_rate=0.0).eval()
-    torch.nn.init.constant_(encoder.log_var.bias, -1e4)
+    torch.nn.init.constant_(encoder.posterior.bias, -1e4)
     scale = encoder(draw(N_CELLS, 5)).scale
     torch.testing.assert_close(scale, torch.full((N_CELLS, 3), 1e-4))
 
