@@ -68,14 +68,13 @@ class Conditions(nn.Module):
             Codes, ``int64`` of shape ``(n_cells, n_keys)``.
         """
         codes = condition_index.to(self.design_0.device)
-        return torch.cat(
-            [
-                getattr(self, f"{name}_{key}")[codes[:, key]]
-                for name in ("design", "added")
-                for key in range(len(self.n_columns))
-            ],
-            dim=1,
-        )
+        names = ("design", "added") if any(self.n_added) else ("design",)
+        rows = [
+            getattr(self, f"{name}_{key}")[codes[:, key]]
+            for name in names
+            for key in range(len(self.n_columns))
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def respond(self, rows: Tensor, dose: Tensor | None = None) -> Tensor:
         """Return the features of rows at doses, ``(n_cells, n_features)``.

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._model import DISCoVeR
+    from ._module import DiscoverVAE
 
 _MAX_CELLS = 1000
 _BATCH_SIZE = 500
-_N_STEPS = 12
+_N_STEPS = 6
+_LONGEST_STEP = 2.0  # of the logarithm
+_SHORTEST_STEP = 1e-4
 _RANGE = (-9.0, 9.0)  # of the logarithm: beyond, a count likelihood is Poisson or all zero
 
 
@@ -31,8 +34,9 @@ def fit_dispersion(model: DISCoVeR) -> None:
 
     .. math:: \hat\theta = \arg\max_\theta \sum_i \log p(x_i \mid z_i, w_i, \theta)
 
-    with one posterior draw of z and w per cell, over at most 1,000 training cells. Rprop, because
-    the problem falls apart into one per parameter.
+    with one posterior draw of z and w per cell, over at most 1,000 training cells. The problem
+    falls apart into one per parameter; each is solved by the secant method on the derivative by
+    :math:`\log \theta`, with bounded steps, all at once.
 
     Parameters
     ----------
@@ -47,17 +51,34 @@ def fit_dispersion(model: DISCoVeR) -> None:
         model.adata, indices=cells, batch_size=_BATCH_SIZE, load_sparse_tensor=True
     )
     parts = [_decoded(model, tensors) for tensors in loader]
-    optimizer = torch.optim.Rprop([module.log_theta], lr=0.5, step_sizes=(1e-3, 1.0))
-    for _ in range(_N_STEPS):
-        optimizer.zero_grad()
-        for x, output, library, batch_index in parts:
-            theta = module.theta(batch_index)
-            loss = reconstruction_losses(x, module.gene_likelihood, [output], library, theta)
-            loss.sum().backward()
-        optimizer.step()
+    slope = _slope(module, parts)
+    step = -slope.sign()
+    for _ in range(_N_STEPS - 1):
         with torch.no_grad():
-            module.log_theta.clamp_(*_RANGE)
-    module.log_theta.grad = None
+            module.log_theta.add_(step).clamp_(*_RANGE)
+        before, slope = slope, _slope(module, parts)
+        step = _secant_step(slope, (slope - before) / step)
+    with torch.no_grad():
+        module.log_theta.add_(step).clamp_(*_RANGE)
+
+
+def _slope(module: DiscoverVAE, parts: list[tuple[Tensor, ...]]) -> Tensor:
+    """Return the derivative of the loss by log theta, of the shape of ``module.log_theta``."""
+    for x, output, library, batch_index in parts:
+        theta = module.theta(batch_index)
+        loss = reconstruction_losses(x, module.gene_likelihood, [output], library, theta)
+        loss.sum().backward()
+    slope, module.log_theta.grad = module.log_theta.grad, None
+    return slope
+
+
+def _secant_step(slope: Tensor, curvature: Tensor) -> Tensor:
+    """Return the step to where the derivative vanishes; downhill where the loss is not convex."""
+    step = torch.where(curvature > 0, -slope / curvature, -slope.sign() * _LONGEST_STEP)
+    # never 0: the next curvature is a ratio of differences
+    smallest = torch.where(slope > 0, -_SHORTEST_STEP, _SHORTEST_STEP)
+    step = torch.where(step.abs() < _SHORTEST_STEP, smallest, step)
+    return step.clamp(-_LONGEST_STEP, _LONGEST_STEP)
 
 
 @torch.no_grad()

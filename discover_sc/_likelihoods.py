@@ -208,7 +208,7 @@ class _NegativeBinomialLosses(Function):
             theta_grad = _sum_cells(nonzero.put(theta_slope, theta_slopes), grad, len(theta))
         if any(ctx.needs_input_grad[1:]):
             slope = nonzero.put(share.mul_(theta), slopes)
-            to_means = _through_means(slope.mul_(grad.unsqueeze(2)), scale)
+            to_means = _through_means(slope.mul_(grad.unsqueeze(2)), scale, out=slope)
         return _gradients(ctx, theta_grad, *to_means)
 
 
@@ -227,11 +227,12 @@ class _ZeroInflatedLosses(Function):
         own = ctx.entries.loss().add_(F.softplus(ctx.zi_logits))
         u, log_1u = _log_1u(mu, theta, out=mu)
         inflated = torch.sigmoid_(zi_logits)
-        counted = torch.mul(log_1u, -theta).exp_().mul_(1 - inflated)
+        counted = torch.mul(log_1u, -theta).exp_()
+        counted.addcmul_(counted, inflated, value=-1)
         zero = (inflated + counted).clamp_(min=torch.finfo(theta.dtype).tiny)
         counted /= zero  # probability that a zero comes from the negative binomial
         ctx.save_for_backward(theta, scale, u, log_1u, inflated, counted)
-        return counts.nonzero.put(zero.log_().neg_(), own).sum(-1)
+        return -counts.nonzero.put(zero.log_(), -own).sum(-1)
 
     @staticmethod
     @once_differentiable
@@ -245,9 +246,12 @@ class _ZeroInflatedLosses(Function):
         if any(ctx.needs_input_grad[1:]):
             per_cell = grad.unsqueeze(2)
             slope = nonzero.put(share.mul_(theta).mul_(counted), slopes)
-            to_means, library_grad = _through_means(slope.mul_(per_cell), scale)
             zi_slope = nonzero.put(counted.add_(inflated).sub_(1), torch.sigmoid(ctx.zi_logits))
-            to_outputs = torch.cat([to_means, zi_slope.mul_(per_cell)], dim=2), library_grad
+            both = slope.new_empty(*slope.shape[:2], 2 * slope.shape[2])
+            to_means, to_logits = both.chunk(2, dim=2)
+            _, library_grad = _through_means(slope.mul_(per_cell), scale, out=to_means)
+            torch.mul(zi_slope, per_cell, out=to_logits)
+            to_outputs = both, library_grad
         return _gradients(ctx, theta_grad, *to_outputs)
 
 
@@ -259,10 +263,10 @@ def _means(outputs: Sequence[Tensor], library: Tensor) -> tuple[Tensor, Tensor]:
     return scale, scale * torch.exp(library)
 
 
-def _through_means(slope: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn derivatives by log(mu) into those by the outputs, in place, and by the log library."""
+def _through_means(slope: Tensor, scale: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the derivatives by the outputs, in ``out``, and by the log library, from log(mu)."""
     total = slope.sum(-1, keepdim=True)
-    return slope.addcmul_(scale, total, value=-1), total.sum(0)
+    return torch.addcmul(slope, scale, total, value=-1, out=out), total.sum(0)
 
 
 def _gradients(

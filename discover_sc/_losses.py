@@ -26,7 +26,7 @@ def kl_to_standard_normal(q: torch.distributions.Normal) -> Tensor:
     -------
     Divergence summed over the latent dimensions, shape ``(n_cells,)``.
     """
-    return kl_to_unit_normal(q, torch.zeros_like(q.loc))
+    return _divergence(q.loc, q.scale)
 
 
 def kl_to_unit_normal(q: torch.distributions.Normal, prior_mean: Tensor) -> Tensor:
@@ -45,8 +45,12 @@ def kl_to_unit_normal(q: torch.distributions.Normal, prior_mean: Tensor) -> Tens
     -------
     Divergence summed over the latent dimensions, shape ``(n_cells,)``.
     """
-    squared = (q.loc - prior_mean).square() + q.scale.square()
-    return (0.5 * (squared - 1) - q.scale.log()).sum(-1)
+    return _divergence(q.loc - prior_mean, q.scale)
+
+
+def _divergence(distance: Tensor, scale: Tensor) -> Tensor:
+    half_squares = (distance.square() + scale.square()).sum(-1) / 2
+    return half_squares - scale.log().sum(-1) - distance.shape[-1] / 2
 
 
 def adversary_entropy(log_prediction: Tensor) -> Tensor:
