@@ -205,9 +205,11 @@ def _predict_cells(
         rows = batches.cells[positions]
         group = torch.as_tensor(grouped.group_of_cell[positions], device=device)
         qz, qw, library = outputs[QZ_KEY], outputs[QW_KEY], outputs[LIBRARY_KEY]
-        total, tails = 0.0, Tails(draws.n_samples, draws.interval)
+        total, own_total, tails = 0.0, 0.0, Tails(draws.n_samples, draws.interval)
         for disturb in disturbed:
             z, w = qz.sample(), qw.sample()
+            own = expression_of(model.module.decode(z, w, library, tensors), PROFILE_LIBRARY)
+            own_total = own_total + calibrate_source(own, group)
             px = model.module.decode(z, move_w(move.way, z, w), library, tensors)
             expression = expression_of(px, PROFILE_LIBRARY)
             total = total + calibrate(expression, group)
@@ -222,12 +224,9 @@ def _predict_cells(
         sums.index_add_(0, group.cpu(), mean.cpu().double())
         result.w[rows] = move_w(move.way, qz.loc, qw.loc).cpu().numpy()
         result.support[rows] = move.support(qz.loc.cpu().numpy(), qw.loc.cpu().numpy())
-        # of the last draw of the latents, with the noise of the cell itself
-        own = expression_of(model.module.decode(z, w, library, tensors), PROFILE_LIBRARY)
+        # expectations: the noise is that of the cell itself
         x = tensors[REGISTRY_KEYS.X_KEY].to(device)
-        counts = carry_over(
-            px, x, calibrate_source(own, group), calibrate(expression, group), library
-        )
+        counts = carry_over(px, x, own_total / draws.n_samples, total / draws.n_samples, library)
         result.counts.append((rows, sp.csr_matrix(counts.cpu().numpy())))
     settle = calibration_class(_profiles_of_sums(model, sums, means), wanted.cpu().double())
     return _settle(model, grouped, means, settle, draws, result)

@@ -27,7 +27,7 @@ from measuring import in_own_process, peak_megabytes
 from scvi import REGISTRY_KEYS
 
 from discover_sc import DISCoVeR
-from discover_sc._keys import PX_KEY, PX_SHARED_KEY, THETA_KEY
+from discover_sc._keys import LIBRARY_KEY, OUTPUTS_KEY, THETA_KEY
 from discover_sc._likelihoods import reconstruction_losses
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
@@ -155,7 +155,7 @@ def profile(options):
             *(module.inference(**module._get_inference_input(batch))[k] for k in ("z", "w"))
         ),
         "decoders": _decoders(module, batch, inference_outputs),
-        "likelihood": _likelihood(batch, outputs),
+        "likelihood": _likelihood(module, batch, inference_outputs, outputs),
         "adversary": lambda: _adversary(plan, adversary_optimizer, read, batch),
         "optimiser": lambda: optimizer.step(),
     }
@@ -187,19 +187,19 @@ def _decoders(module, batch, inference_outputs):
     inputs = {k: v.detach().requires_grad_() if k in ("z", "w") else v for k, v in inputs.items()}
 
     def run():
-        outputs = module.generative(**inputs)
-        scales = [outputs[k].scale for k in (PX_KEY, PX_SHARED_KEY)]
-        torch.autograd.backward(scales, [torch.ones_like(s) for s in scales])
+        outputs = module.generative(**inputs, likelihoods=False)[OUTPUTS_KEY]
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
 
     return run
 
 
-def _likelihood(batch, outputs):
-    likelihoods = [outputs[k] for k in (PX_KEY, PX_SHARED_KEY)]
-    x, theta = batch[REGISTRY_KEYS.X_KEY], outputs[THETA_KEY].detach().requires_grad_()
-    for px in likelihoods:
-        px.mu = px.mu.detach().requires_grad_()
-    return lambda: _sum_backward(*reconstruction_losses(x, likelihoods, theta))
+def _likelihood(module, batch, inference_outputs, outputs):
+    x, library = batch[REGISTRY_KEYS.X_KEY], inference_outputs[LIBRARY_KEY]
+    theta, *decoded = (
+        tensor.detach().requires_grad_() for tensor in (outputs[THETA_KEY], *outputs[OUTPUTS_KEY])
+    )
+    arguments = (x, module.gene_likelihood, decoded, library, theta)
+    return lambda: _sum_backward(reconstruction_losses(*arguments))
 
 
 def _adversary(plan, optimizer, read, batch):
