@@ -34,6 +34,19 @@ def test_entries_are_those_of_the_dense_matrix(kind):
     assert torch.equal(entries.put(y.clone(), entries.values), torch.where(x > 0, x, y))
 
 
+@pytest.mark.parametrize("kind", [NonZero.of, make_cells], ids=["of dense", "of CSR"])
+def test_a_stack_of_matrices_is_read_and_written_one_by_one(kind):
+    x = make_counts()
+    entries, stack = kind(x), torch.randn(3, N_CELLS, N_GENES)
+    picked = torch.stack([entries.pick(y) for y in stack])
+    assert torch.equal(entries.pick(stack), picked)
+    sums = torch.stack([entries.sum_per_cell(values) for values in picked])
+    torch.testing.assert_close(entries.sum_per_cell(picked), sums)
+    filled = entries.fill(stack.clone(), 0.0)
+    assert torch.equal(filled, torch.where(x > 0, 0.0, stack))
+    assert torch.equal(entries.put(filled, picked), stack)
+
+
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "transposed"])
 def test_sparse_products_and_their_gradients_are_the_dense_ones(contiguous):
     x = make_counts()

@@ -70,6 +70,20 @@ def test_the_fit_lowers_the_reconstruction_loss(adata, options):
         assert loss() > fitted
 
 
+def test_the_fit_does_not_depend_on_where_it_starts(simulated):
+    model, losses = train_small(simulated[1], train={"max_epochs": 15}), []
+    counts, means = means_of(model)
+    start = model.module.log_theta.detach().clone()
+    for shift in (-2.0, 0.0, 2.0):
+        model.module.log_theta.data = start + shift
+        torch.manual_seed(0)
+        fit_dispersion(model)
+        theta = np.exp(model.module.log_theta.detach().numpy())
+        losses.append(-nbinom.logpmf(counts, theta, theta / (theta + means)).sum(0))
+    np.testing.assert_allclose(losses[0], losses[1], atol=0.5)
+    np.testing.assert_allclose(losses[2], losses[1], atol=0.5)
+
+
 def test_poisson_has_no_dispersion_to_fit(adata):
     model = train_small(adata, model={"gene_likelihood": "poisson"}, train={"max_epochs": 1})
     before = model.module.log_theta.detach().clone()

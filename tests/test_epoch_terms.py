@@ -27,3 +27,17 @@ def test_the_term_that_broke_first_is_named_though_all_break_later(value):
     epoch.add({"a": term(1.0), "b": term(value)}, n_cells=1)
     epoch.add({"a": term(value), "b": term(value)}, n_cells=1)
     assert epoch.find_broken() == ["b"]
+
+
+def test_minibatches_that_are_summed_up_together_count_as_one_by_one():
+    epoch, values = EpochTerms(), torch.linspace(0.0, 1.0, 120)
+    for value in values:
+        epoch.add({"a": value}, n_cells=2)
+    assert epoch.find_broken() == []
+    assert epoch.pop_means() == pytest.approx({"a": 0.5})
+    for k in range(120):  # breaks among those that are summed up second, after looks in between
+        broken = float("nan") if k == 70 else 1.0
+        epoch.add({"a": term(float("nan") if k > 70 else 1.0), "b": term(broken)}, n_cells=1)
+        if k in (10, 69):
+            assert epoch.find_broken() == []
+    assert epoch.find_broken() == ["b"]

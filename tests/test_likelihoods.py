@@ -210,6 +210,16 @@ def test_reconstruction_loss_of_cells_without_counts_by_hand():
     torch.testing.assert_close(loss, torch.tensor([4.0, 2.5]))
 
 
+@pytest.mark.parametrize("kind", ["nb", "zinb"])
+def test_a_second_backward_pass_is_refused(kind):
+    """The first one works in the memory of what was kept for it."""
+    x, mu, theta, zi_logits = draw_case(1e3, 2.0)
+    loss = own_loss(kind, x, mu.requires_grad_(), theta.requires_grad_(), zi_logits).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_permuted_cells_have_permuted_reconstruction_losses(kind):
     x, mu, theta, zi_logits = draw_case(1e3, 2.0, n_theta=N_CELLS)

@@ -69,6 +69,20 @@ def test_the_shared_reconstruction_does_not_see_w():
     assert not torch.equal(before["px"].mu, after["px"].mu)
 
 
+@pytest.mark.parametrize("gene_likelihood", ["nb", "zinb", "poisson", "normal"])
+def test_outputs_stand_for_the_likelihoods_that_may_be_left_out(gene_likelihood):
+    module, tensors = make_module(gene_likelihood=gene_likelihood).eval(), make_tensors()
+    inference, full, losses = module(tensors)
+    inputs = module._get_generative_input(tensors, inference)
+    bare = module.generative(**inputs, likelihoods=False)
+    assert set(full) - set(bare) == {"px", "px_shared"}
+    x, loss = tensors["X"], losses.reconstruction_loss["reconstruction_loss"]
+    for output, name in zip(bare["outputs"], ("px", "px_shared"), strict=True):
+        px = module.likelihood(output, inference["library"], bare["theta"])
+        torch.testing.assert_close(px.mean, full[name].mean)
+    torch.testing.assert_close(-full["px"].log_prob(x).sum(-1), loss, rtol=1e-4, atol=1e-4)
+
+
 def test_z_does_not_see_the_condition_label():
     module, tensors = make_module().eval(), make_tensors()
     flipped = {**tensors, CONDITION_KEY: 1 - tensors[CONDITION_KEY]}
