@@ -169,6 +169,84 @@ class _Draws:
     library_size: float
 
 
+@dataclass(frozen=True)
+class _Calibrations:
+    """What moves decoded expression to the estimates of the groups.
+
+    ``source`` and ``target`` move it to their profiles under each condition, ``disturbed``, one
+    per draw, to the latter plus a draw of its error.
+    """
+
+    source: LogCalibration | ShiftCalibration
+    target: LogCalibration | ShiftCalibration
+    disturbed: list[LogCalibration | ShiftCalibration]
+    wanted: Tensor
+
+
+def _calibrations(
+    model: DISCoVeR, means: list[GroupMeans], estimates: list[GroupEstimate], n_samples: int
+) -> _Calibrations:
+    decoded, base, predicted, wanted, errors = (
+        torch.as_tensor(np.stack(rows), dtype=torch.float32, device=model.device)
+        for rows in (
+            [m.decoded for m in means],
+            [e.source for e in estimates],
+            [m.predicted for m in means],
+            [e.profile for e in estimates],
+            [e.error for e in estimates],
+        )
+    )
+    calibration = _calibration_class(model)
+    noise = torch.randn(n_samples, *errors.shape, device=model.device) * errors.nan_to_num()
+    return _Calibrations(
+        calibration(decoded, base),
+        calibration(predicted, wanted),
+        [calibration(predicted, wanted + error) for error in noise],
+        wanted,
+    )
+
+
+def _calibration_class(model: DISCoVeR) -> type[LogCalibration | ShiftCalibration]:
+    return ShiftCalibration if model.module.gene_likelihood == "normal" else LogCalibration
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Of a minibatch: expectations over draws before and after, bounds, the last likelihood."""
+
+    before: Tensor
+    after: Tensor
+    bounds: tuple[Tensor, Tensor]
+    px: torch.distributions.Distribution
+
+
+def _draw(
+    model: DISCoVeR,
+    move: Move,
+    calibrations: _Calibrations,
+    interval: float,
+    tensors: dict[str, Tensor],
+    outputs: dict,
+    group: Tensor,
+) -> _Drawn:
+    """Draw latents of a minibatch, and from each draw what could be observed.
+
+    What could be observed adds to the expectation an error of the group, which its cells share,
+    and the noise of the likelihood.
+    """
+    library, n_samples = outputs[LIBRARY_KEY], len(calibrations.disturbed)
+    before, after, tails = 0.0, 0.0, Tails(n_samples, interval)
+    for disturb in calibrations.disturbed:
+        z, w = outputs[QZ_KEY].sample(), outputs[QW_KEY].sample()
+        own = expression_of(model.module.decode(z, w, library, tensors), PROFILE_LIBRARY)
+        before = before + calibrations.source(own, group)
+        px = model.module.decode(z, move_w(move.way, z, w), library, tensors)
+        expression = expression_of(px, PROFILE_LIBRARY)
+        after = after + calibrations.target(expression, group)
+        tails.add(sample(px, disturb(expression, group), library))
+    return _Drawn(before / n_samples, after / n_samples, tails.bounds(), px)
+
+
 def _predict_cells(
     model: DISCoVeR,
     grouped: GroupedSource,
@@ -180,55 +258,34 @@ def _predict_cells(
 ) -> np.ndarray:
     """Fill the rows of some cells, all under one source condition; return each group's profile.
 
-    The expectation is calibrated to the estimate of the group. Each draw of what could be observed
-    adds an error of the group, which its cells share, and the noise of the likelihood.
+    The expectation is calibrated to the estimate of the group; counts follow it with the noise of
+    the cell itself.
     """
-    device, is_normal = model.device, model.module.gene_likelihood == "normal"
+    is_normal = model.module.gene_likelihood == "normal"
     batches = grouped.batches
-    calibration_class = ShiftCalibration if is_normal else LogCalibration
-    decoded, base, predicted, wanted, errors = (
-        torch.as_tensor(np.stack(rows), dtype=torch.float32, device=device)
-        for rows in (
-            [m.decoded for m in means],
-            [e.source for e in estimates],
-            [m.predicted for m in means],
-            [e.profile for e in estimates],
-            [e.error for e in estimates],
-        )
-    )
-    calibrate_source = calibration_class(decoded, base)
-    calibrate = calibration_class(predicted, wanted)
-    noise = torch.randn(draws.n_samples, *errors.shape, device=device) * errors.nan_to_num()
-    disturbed = [calibration_class(predicted, wanted + error) for error in noise]
-    sums = torch.zeros(wanted.shape, dtype=torch.float64)
+    calibrations = _calibrations(model, means, estimates, draws.n_samples)
+    sums = torch.zeros(calibrations.wanted.shape, dtype=torch.float64)
     for positions, tensors, outputs in batches:
         rows = batches.cells[positions]
-        group = torch.as_tensor(grouped.group_of_cell[positions], device=device)
-        qz, qw, library = outputs[QZ_KEY], outputs[QW_KEY], outputs[LIBRARY_KEY]
-        total, own_total, tails = 0.0, 0.0, Tails(draws.n_samples, draws.interval)
-        for disturb in disturbed:
-            z, w = qz.sample(), qw.sample()
-            own = expression_of(model.module.decode(z, w, library, tensors), PROFILE_LIBRARY)
-            own_total = own_total + calibrate_source(own, group)
-            px = model.module.decode(z, move_w(move.way, z, w), library, tensors)
-            expression = expression_of(px, PROFILE_LIBRARY)
-            total = total + calibrate(expression, group)
-            tails.add(sample(px, disturb(expression, group), library))
+        group = torch.as_tensor(grouped.group_of_cell[positions], device=model.device)
+        drawn = _draw(model, move, calibrations, draws.interval, tensors, outputs, group)
+        library = outputs[LIBRARY_KEY]
         scale = 1.0 if is_normal else draws.library_size / torch.exp(library)
-        for out, bound in zip((result.lower, result.upper), tails.bounds(), strict=True):
+        for out, bound in zip((result.lower, result.upper), drawn.bounds, strict=True):
             out[rows] = (bound * scale).cpu().numpy()
-        mean = total / draws.n_samples
+        mean = drawn.after
         if not is_normal:
             mean = mean * (draws.library_size / mean.sum(-1, keepdim=True))
         result.mean[rows] = mean.cpu().numpy()
         sums.index_add_(0, group.cpu(), mean.cpu().double())
-        result.w[rows] = move_w(move.way, qz.loc, qw.loc).cpu().numpy()
-        result.support[rows] = move.support(qz.loc.cpu().numpy(), qw.loc.cpu().numpy())
-        # expectations: the noise is that of the cell itself
-        x = tensors[REGISTRY_KEYS.X_KEY].to(device)
-        counts = carry_over(px, x, own_total / draws.n_samples, total / draws.n_samples, library)
+        z, w = outputs[QZ_KEY].loc, outputs[QW_KEY].loc
+        result.w[rows] = move_w(move.way, z, w).cpu().numpy()
+        result.support[rows] = move.support(z.cpu().numpy(), w.cpu().numpy())
+        x = tensors[REGISTRY_KEYS.X_KEY].to(model.device)
+        counts = carry_over(drawn.px, x, drawn.before, drawn.after, library)
         result.counts.append((rows, sp.csr_matrix(counts.cpu().numpy())))
-    settle = calibration_class(_profiles_of_sums(model, sums, means), wanted.cpu().double())
+    wanted = calibrations.wanted.cpu().double()
+    settle = _calibration_class(model)(_profiles_of_sums(model, sums, means), wanted)
     return _settle(model, grouped, means, settle, draws, result)
 
 
