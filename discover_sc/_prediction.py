@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import anndata as ad
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 import torch
-from scipy.stats import norm
 from scvi import REGISTRY_KEYS, settings
 
 from ._calibration import (
@@ -23,8 +20,9 @@ from ._calibration import (
 )
 from ._estimates import estimate_profiles
 from ._expression import expression_of
-from ._keys import LIBRARY_KEY, OBSM_W_KEY, QW_KEY, QZ_KEY
+from ._keys import LIBRARY_KEY, QW_KEY, QZ_KEY
 from ._move import Move, fit_move, level_names, move_w
+from ._predicted_cells import Result, empty_result, finish
 from ._reference import groups_of, profile_of
 from ._sampling import carry_over, sample
 from ._source_cells import GroupedSource, SourceBatches
@@ -34,6 +32,7 @@ from ._tails import Tails
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import anndata as ad
     from torch import Tensor
 
     from ._model import DISCoVeR
@@ -57,7 +56,7 @@ def predict_counterfactual(
     _check_numbers(n_samples, interval, library_size)
     source = model._validate_anndata(own_copy(adata) if adata.is_view else adata)
     try:
-        result = _empty_result(model, source)
+        result = empty_result(model, source)
         groups = groups_of(model, source)
         _warn_of_treated(model, source, target)
         with torch.random.fork_rng(), torch.inference_mode():
@@ -79,7 +78,7 @@ def predict_counterfactual(
         if method == "auto":
             model.counterfactual_choice_ = result.choices
         warn_of_low_support(result.support)
-        return _finish(model, source, result, target, n_samples, interval, library_size, seed)
+        return finish(model, source, result, target, n_samples, interval, library_size, seed)
     finally:
         if source is not adata:
             model._forget(source)
@@ -135,29 +134,6 @@ def _source_name(model: DISCoVeR, codes: np.ndarray, dose: float | None) -> str:
 
 
 # --------------------------------------------------------------------------- decode
-
-
-@dataclass
-class _Result:
-    """Preallocated output, one row per source cell, and the estimates of the groups."""
-
-    mean: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
-    w: np.ndarray
-    support: np.ndarray
-    counts: list[tuple[np.ndarray, sp.csr_matrix]] = field(default_factory=list)
-    ways: dict[str, str] = field(default_factory=dict)
-    choices: dict[str, dict] = field(default_factory=dict)
-    estimates: dict[tuple[str, str], GroupEstimate] = field(default_factory=dict)
-
-
-def _empty_result(model: DISCoVeR, source: ad.AnnData) -> _Result:
-    shape = source.shape
-    n_w = model.module.n_latents["w"]
-    mean, lower, upper = (np.empty(shape, dtype=np.float32) for _ in range(3))
-    w, support = np.empty((shape[0], n_w), dtype=np.float32), np.empty(shape[0])
-    return _Result(mean, lower, upper, w, support)
 
 
 @dataclass(frozen=True)
@@ -254,7 +230,7 @@ def _predict_cells(
     means: list[GroupMeans],
     estimates: list[GroupEstimate],
     draws: _Draws,
-    result: _Result,
+    result: Result,
 ) -> np.ndarray:
     """Fill the rows of some cells, all under one source condition; return each group's profile.
 
@@ -295,7 +271,7 @@ def _settle(
     means: list[GroupMeans],
     settle: LogCalibration | ShiftCalibration,
     draws: _Draws,
-    result: _Result,
+    result: Result,
 ) -> np.ndarray:
     """Let expectations over posterior draws agree with the estimates; return groups' profiles.
 
@@ -321,99 +297,3 @@ def _profiles_of_sums(model: DISCoVeR, sums: Tensor, means: list[GroupMeans]) ->
     if model.module.gene_likelihood == "normal":
         return sums / torch.tensor([[m.n_cells] for m in means])
     return profile_of(model, sums * (PROFILE_LIBRARY / sums.sum(-1, keepdim=True)))
-
-
-# --------------------------------------------------------------------------- output
-
-
-def _finish(
-    model: DISCoVeR,
-    source: ad.AnnData,
-    result: _Result,
-    target: Target,
-    n_samples: int,
-    interval: float,
-    library_size: float,
-    seed: int,
-) -> ad.AnnData:
-    """Return the predicted cells as AnnData of their own."""
-    own = [name for name in source.obs if not name.startswith("_scvi")]
-    obs = source.obs[own].copy()
-    asked = {}
-    for position, level in target.asked.items():
-        key = model.condition_keys[position]
-        asked[key] = level
-        _keep_source(obs, key)
-        levels, code = list(model._levels[key]), target.codes[position]
-        levels, code = (levels, code) if code is not None else ([*levels, level], len(levels))
-        obs[key] = pd.Categorical.from_codes([code] * len(obs), categories=levels)
-    if target.dose is not None:
-        asked[model.dose_key] = target.dose
-        _keep_source(obs, model.dose_key)
-        obs[model.dose_key] = target.dose
-    prediction = ad.AnnData(result.mean, obs, source.var.copy())
-    prediction.layers["lower"], prediction.layers["upper"] = result.lower, result.upper
-    order = np.argsort(np.concatenate([rows for rows, _ in result.counts]))
-    prediction.layers["counts"] = sp.vstack([c for _, c in result.counts]).tocsr()[order]
-    prediction.obsm[OBSM_W_KEY] = result.w
-    prediction.obs["support"] = result.support
-    for key, profiles in _group_intervals(result.estimates, interval).items():
-        prediction.varm[key] = pd.DataFrame(profiles, index=prediction.var_names)
-    prediction.uns["discover_counterfactual"] = {
-        "to": asked,
-        "sources": list(result.ways),  # not keys: anndata refuses some characters in them
-        "ways": list(result.ways.values()),
-        "n_samples": n_samples,
-        "interval": interval,
-        "library_size": float(library_size),
-        "seed": seed,
-    }
-    return prediction
-
-
-def _group_intervals(
-    estimates: dict[tuple[str, str], GroupEstimate], interval: float
-) -> dict[str, dict[str, np.ndarray]]:
-    """Return profile and bounds of each group, by the key of ``.varm`` and the group's name."""
-    several = len({source for source, _ in estimates}) > 1
-    half_width = float(norm.ppf((1 + interval) / 2))
-    profiles = {"discover_mean": {}, "discover_mean_lower": {}, "discover_mean_upper": {}}
-    for (source, group), estimate in estimates.items():
-        name = f"{group} from {source}" if several else group
-        margin = half_width * estimate.error  # NaN where the error is not known
-        bounds = (estimate.profile, estimate.profile - margin, estimate.profile + margin)
-        for key, values in zip(profiles, bounds, strict=True):
-            profiles[key][name] = values
-    return profiles
-
-
-def _keep_source(obs: pd.DataFrame, key: str) -> None:
-    """Keep, beside the condition or dose predicted, the one that each cell came from."""
-    if f"{key}_source" in obs:
-        raise ValueError(
-            f"adata.obs has a column {key}_source, which the prediction would overwrite with "
-            "the condition that each cell came from. Rename it."
-        )
-    obs[f"{key}_source"] = obs[key]
-
-
-def concatenated(predictions: list[ad.AnnData], targets: list[Target]) -> ad.AnnData:
-    """Return predictions under several levels below each other, cells named by their level."""
-    if len(predictions) == 1:
-        return predictions[0]
-    done = [prediction.uns["discover_counterfactual"] for prediction in predictions]
-    for prediction, target in zip(predictions, targets, strict=True):
-        prediction.obs_names = [f"{name}-{target.asked[0]}" for name in prediction.obs_names]
-    joined = ad.concat(predictions, merge="same")
-    for name in predictions[0].varm:
-        joined.varm[name] = pd.concat(
-            [
-                p.varm[name].rename(columns=lambda group, t=t: f"{group} under {t.asked[0]}")
-                for p, t in zip(predictions, targets, strict=True)
-            ],
-            axis=1,
-        )
-    key = next(iter(done[0]["to"]))
-    asked = done[0]["to"] | {key: [one["to"][key] for one in done]}
-    joined.uns["discover_counterfactual"] = done[0] | {"to": asked}
-    return joined

@@ -11,7 +11,8 @@ import torch
 from ._encoding import posteriors
 from ._expression import expected_expression, sorted_cells
 from ._keys import OBSM_W_KEY, OBSM_Z_KEY, PX_KEY, PX_SHARED_KEY
-from ._prediction import concatenated, predict_counterfactual
+from ._predicted_cells import concatenated
+from ._prediction import predict_counterfactual
 from ._reference import encode_reference
 from ._target import targets_of
 from .evaluation import log_mean_profile
