@@ -150,14 +150,13 @@ class SparseCells(NonZero):
 
     def log1p(self) -> SparseCells:
         """Return log(1 + x), which is zero where x is."""
-        if self.values.device.type == "cpu":
+        if self._csr is not None:
             same_places = copy(self._csr)  # shallow
             same_places.data = torch.log1p(self.values).numpy()
             return SparseCells.of_csr(same_places)
-        orders = (
+        by_cell, by_gene = (
             (torch.log1p(values), *places) for values, *places in (self.by_cell, self.by_gene)
         )
-        by_cell, by_gene = orders
         return SparseCells(by_cell, self.shape, by_gene)
 
     def linear(self, weight: Tensor, bias: Tensor) -> Tensor:

@@ -69,6 +69,16 @@ def test_cells_move_to_a_device_whole():
     assert moved.shape == cells.shape
 
 
+def test_cells_that_were_copied_on_the_cpu_are_still_read():
+    """Page-locked memory is a copy on the CPU, without the matrix that the cells came from."""
+    x = make_counts()
+    copied = make_cells(x)._each(torch.clone).log1p()
+    assert torch.equal(copied.dense(), x.log1p())
+    weight = torch.randn(5, N_GENES, requires_grad=True)
+    copied.linear(weight, torch.zeros(5)).sum().backward()
+    torch.testing.assert_close(weight.grad, x.log1p().sum(0).expand(5, -1))
+
+
 def test_values_of_other_types_become_single_precision():
     matrix = csr_matrix(np.array([[0, 3], [1, 0]], dtype=np.int64))
     assert SparseCells.of_csr(matrix).values.dtype == torch.float32
