@@ -47,3 +47,13 @@ def test_a_closure_gives_gradients_and_its_loss_is_returned():
 
     assert optimizer.step(closure).item() == 1.0
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.9]))  # the first step is lr
+
+
+def test_gradients_are_forgotten_or_set_to_zero():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamW([parameter], fused=True)
+    parameter.grad = torch.ones(3)
+    optimizer.zero_grad(set_to_none=False)
+    assert torch.equal(parameter.grad, torch.zeros(3))
+    optimizer.zero_grad()
+    assert parameter.grad is None
