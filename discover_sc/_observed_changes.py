@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,15 +51,7 @@ def observed_changes(
     groups
         Groups of the source cells.
     """
-    reference = model.reference_
-    codes, doses = reference["profile_codes"], reference["profile_doses"]
-    sources, targets = (
-        group_profiles(reference, side)
-        for side in (
-            target.is_source(codes, doses, source_codes, source_dose),
-            target.is_met(codes, doses),
-        )
-    )
+    sources, targets = _sides(model, target, source_codes, source_dose)
     matched = [group for group in sources if group in targets]
     if not matched:
         return [ObservedChanges(None, None) for _ in groups]
@@ -76,6 +69,44 @@ def observed_changes(
         for group in matched
     }
     return [ObservedChanges(factors.get(group, effects), own.get(group)) for group in groups]
+
+
+def library_change(
+    model: DISCoVeR, target: Target, source_codes: np.ndarray, source_dose: float | None
+) -> float:
+    """Return the change of the log library size in groups seen under both; 0 if there is none.
+
+    Mean over the groups, weighted by their cells; of harmonic means, which single large cells do
+    not move.
+
+    Parameters
+    ----------
+    model
+        A trained model.
+    target
+        Levels asked for.
+    source_codes, source_dose
+        Condition codes, ``(n_condition_keys,)``, and dose of the source cells.
+    """
+    sources, targets = _sides(model, target, source_codes, source_dose)
+    pairs = [(sources[group], targets[group]) for group in sources if group in targets]
+    if not pairs or model.module.gene_likelihood == "normal":
+        return 0.0
+    changes = [math.log(before.inverse_library / after.inverse_library) for before, after in pairs]
+    precisions = [1 / (1 / before.n_cells + 1 / after.n_cells) for before, after in pairs]
+    return float(np.average(changes, weights=precisions))
+
+
+def _sides(
+    model: DISCoVeR, target: Target, source_codes: np.ndarray, source_dose: float | None
+) -> tuple[dict[str, GroupProfile], dict[str, GroupProfile]]:
+    """Return the reference's groups under the source condition, and under the target."""
+    reference = model.reference_
+    codes, doses = reference["profile_codes"], reference["profile_doses"]
+    is_source = target.is_source(codes, doses, source_codes, source_dose)
+    return tuple(
+        group_profiles(reference, side) for side in (is_source, target.is_met(codes, doses))
+    )
 
 
 def _noise(model: DISCoVeR, sides: list[tuple[GroupProfile, GroupProfile]]) -> float | None:

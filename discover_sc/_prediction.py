@@ -22,6 +22,7 @@ from ._estimates import estimate_profiles
 from ._expression import expression_of
 from ._keys import LIBRARY_KEY, QW_KEY, QZ_KEY
 from ._move import Move, fit_move, level_names, move_w
+from ._observed_changes import library_change
 from ._predicted_cells import Result, empty_result, finish
 from ._reference import groups_of, profile_of
 from ._sampling import carry_over, sample
@@ -204,6 +205,7 @@ def _draw(
     tensors: dict[str, Tensor],
     outputs: dict,
     group: Tensor,
+    treated_library: Tensor,
 ) -> _Drawn:
     """Draw latents of a minibatch, and from each draw what could be observed.
 
@@ -219,7 +221,7 @@ def _draw(
         px = model.module.decode(z, move_w(move.way, z, w), library, tensors)
         expression = expression_of(px, PROFILE_LIBRARY)
         after = after + calibrations.target(expression, group)
-        tails.add(sample(px, disturb(expression, group), library))
+        tails.add(sample(px, disturb(expression, group), treated_library))
     return _Drawn(before / n_samples, after / n_samples, tails.bounds(), px)
 
 
@@ -241,12 +243,16 @@ def _predict_cells(
     batches = grouped.batches
     calibrations = _calibrations(model, means, estimates, draws.n_samples)
     sums = torch.zeros(calibrations.wanted.shape, dtype=torch.float64)
+    change = library_change(model, move.target, move.codes, move.dose)
     for positions, tensors, outputs in batches:
         rows = batches.cells[positions]
         group = torch.as_tensor(grouped.group_of_cell[positions], device=model.device)
-        drawn = _draw(model, move, calibrations, draws.interval, tensors, outputs, group)
         library = outputs[LIBRARY_KEY]
-        scale = 1.0 if is_normal else draws.library_size / torch.exp(library)
+        treated_library = library + change
+        drawn = _draw(
+            model, move, calibrations, draws.interval, tensors, outputs, group, treated_library
+        )
+        scale = 1.0 if is_normal else draws.library_size / torch.exp(treated_library)
         for out, bound in zip((result.lower, result.upper), drawn.bounds, strict=True):
             out[rows] = (bound * scale).cpu().numpy()
         mean = drawn.after
@@ -258,7 +264,7 @@ def _predict_cells(
         result.w[rows] = move_w(move.way, z, w).cpu().numpy()
         result.support[rows] = move.support(z.cpu().numpy(), w.cpu().numpy())
         x = tensors[REGISTRY_KEYS.X_KEY].to(model.device)
-        counts = carry_over(drawn.px, x, drawn.before, drawn.after, library)
+        counts = carry_over(drawn.px, x, drawn.before, drawn.after, library, change)
         result.counts.append((rows, sp.csr_matrix(counts.cpu().numpy())))
     wanted = calibrations.wanted.cpu().double()
     settle = _calibration_class(model)(_profiles_of_sums(model, sums, means), wanted)

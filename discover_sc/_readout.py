@@ -281,7 +281,8 @@ class ReadoutMixin:
         New AnnData, same cells and genes. ``.X``: expected expression. ``.layers["lower"]``,
         ``.layers["upper"]``: interval of what could be observed of the cell, on the scale of
         ``.X``: posterior, error between groups and sampling noise. ``.layers["counts"]``: counts
-        that the cell would have had at its own library size, its own noise kept.
+        that the cell would have had, its own noise kept, at its own library size times the
+        change of library size in groups seen under both conditions.
         ``.varm["discover_mean"]``, ``..._lower``, ``..._upper``: profile of each group of source
         cells, log1p of mean counts per 10,000, and its interval (NaN where no group was observed
         under both conditions).

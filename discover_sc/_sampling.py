@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +47,7 @@ def carry_over(
     before: Tensor,
     after: Tensor,
     library: Tensor,
+    library_change: float = 0.0,
 ) -> Tensor:
     r"""Draw the counts that observed cells would have with another mean and their own noise.
 
@@ -69,13 +71,15 @@ def carry_over(
         Mean of x, and the wanted mean, up to a factor per cell; values if ``px`` is normal.
     library
         Log library size, ``(n_cells, 1)``.
+    library_change
+        What the treatment adds to it.
     """
     if isinstance(px, Normal):
         return x + after - before
     if isinstance(px, ZeroInflatedNegativeBinomial):
-        return sample(px, after, library)
+        return sample(px, after, library + library_change)
     fractions = _fractions(before).clamp(min=_SMALLEST)
-    ratio = _fractions(after) / fractions
+    ratio = _fractions(after) / fractions * math.exp(library_change)
     rate = fractions * torch.exp(library)
     if not isinstance(px, Poisson):
         rate = Gamma(px.theta + x, px.theta / rate + 1).sample()

@@ -151,6 +151,21 @@ def test_counts_are_a_draw_at_the_cells_own_library_size(trained, source):
     assert drawn.mean() == pytest.approx(own.mean(), rel=0.1)
 
 
+def test_the_library_size_changes_as_in_groups_that_were_seen_under_both(simulated):
+    """Treated cells have twice the counts of others; so would have those that are predicted."""
+    _, training, _ = simulated
+    deeper = training.copy()
+    factor = np.where(deeper.obs["condition"] == "treat_1", 2.0, 1.0)
+    deeper.X = sp.diags(factor).dot(deeper.X).astype(np.float32).tocsr()
+    model = train_small(deeper, {"labels_key": "cell_type"}, train={"max_epochs": 40})
+    is_source = (deeper.obs["cell_type"] == "type_0") & (deeper.obs["condition"] == "ctrl")
+    source = deeper[is_source.to_numpy()].copy()
+    predicted = model.predict_counterfactual(source, to="treat_1", n_samples=5)
+    drawn, own = (np.asarray(m.sum(axis=1)).ravel() for m in (predicted.layers["counts"], source.X))
+    assert np.median(drawn) == pytest.approx(2 * np.median(own), rel=0.1)
+    np.testing.assert_allclose(predicted.X.sum(axis=1), 1e4, rtol=1e-4)
+
+
 def test_the_same_seed_gives_the_same_prediction_and_leaves_the_global_state_alone(trained, source):
     state = torch.get_rng_state()
     first = trained.predict_counterfactual(source, to="treat_1", seed=1)

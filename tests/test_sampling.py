@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
@@ -31,6 +33,16 @@ def test_carried_over_counts_have_the_distribution_of_the_other_mean(name):
         expected = torch.exp(target.log_prob(torch.full((N_CELLS, 4), float(count))))[0]
         share = (drawn == count).float().mean(0)
         torch.testing.assert_close(share, expected, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["nb", "zinb"])
+def test_a_larger_library_gives_more_counts_of_every_gene(name):
+    px, _ = counts_likelihood(BEFORE, "nb")
+    if name == "zinb":
+        never = torch.full_like(px.mu, -30.0)
+        px = ZeroInflatedNegativeBinomial(mu=px.mu, theta=px.theta, zi_logits=never, scale=px.scale)
+    drawn = carry_over(px, px.sample(), BEFORE, AFTER, LIBRARY, library_change=math.log(1.5))
+    torch.testing.assert_close(drawn.mean(0), 75.0 * AFTER[0] / AFTER.sum(), rtol=0.03, atol=0.03)
 
 
 def test_a_cell_keeps_its_own_noise():
