@@ -7,6 +7,7 @@ from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import euclidean_distances
 
 from ._left_out import LeftOut
+from ._shrinkage import denoised
 
 _POWERS = (0, 1, 2, 4)
 _DEFAULT_POWER = 2  # where too few groups are left to choose by leaving one out
@@ -21,16 +22,17 @@ class GroupEffects(LeftOut):
         \hat\Delta = \sum_k v_k \Delta_k, \qquad v_k \propto (d_k^2 + d_0^2)^{-p/2}
 
     with :math:`d_k` the Euclidean distance between control profiles. The power :math:`p` is the
-    one that predicts best when each group in turn is left out; :math:`p = 0` is the mean shift.
+    one that predicts best when each group in turn is left out; :math:`p = 0` is the mean shift. The
+    changes :math:`\Delta_k` are taken without their sampling noise, where that is known
+    (:func:`~discover_sc._shrinkage.denoised`); predictions are judged by the changes as observed.
 
     Parameters
     ----------
     control, treated
         Profiles of the groups, log1p of mean counts per 10,000, ``(n_groups, n_genes)`` each,
         at least one group.
-    noise
-        Mean over groups and genes of the sampling variance of the changes; None: not
-        known.
+    variances
+        Sampling variances of the changes, ``(n_groups, n_genes)``; None: not known.
 
     Attributes
     ----------
@@ -44,10 +46,14 @@ class GroupEffects(LeftOut):
     """
 
     def __init__(
-        self, control: np.ndarray, treated: np.ndarray, noise: float | None = None
+        self, control: np.ndarray, treated: np.ndarray, variances: np.ndarray | None = None
     ) -> None:
         self._control = control
-        self._changes = treated - control
+        observed = self._changes = treated - control
+        if variances is not None:
+            self._changes = np.stack(
+                [denoised(*group) for group in zip(observed, variances, treated, strict=True)]
+            )
         between = euclidean_distances(control, control, squared=True)
         self._floor = _FLOOR * between.mean() if len(control) > 1 else 1.0
         self.scores = {}
@@ -55,10 +61,11 @@ class GroupEffects(LeftOut):
             for power in _POWERS:
                 left_out = self._leave_one_out(power)
                 self.scores[power] = float(
-                    np.mean([r2_score(d, p) for d, p in zip(self._changes, left_out, strict=True)])
+                    np.mean([r2_score(d, p) for d, p in zip(observed, left_out, strict=True)])
                 )
         self.power = max(self.scores, key=self.scores.get) if self.scores else _DEFAULT_POWER
-        super().__init__(control, self._leave_one_out(self.power), self._changes, noise)
+        noise = None if variances is None else float(variances.mean())
+        super().__init__(control, self._leave_one_out(self.power), observed, noise)
 
     def _leave_one_out(self, power: int) -> np.ndarray:
         """Return the change of each group as predicted from the others; 0 if it is alone."""

@@ -58,9 +58,9 @@ def observed_changes(
     if (known := _known_levels(model, target, source_codes)) is not None:
         return _borrowed(model, known, sources, targets, groups)
     profiles = (np.stack([side[g].profile for g in matched]) for side in (sources, targets))
-    noise = _noise(model, [(sources[g], targets[g]) for g in matched])
-    effects = GroupEffects(*profiles, noise)
-    factors = _factors(model, target, source_codes, sources, effects, noise)
+    variances = _variances(model, [(sources[g], targets[g]) for g in matched])
+    effects = GroupEffects(*profiles, variances)
+    factors = _factors(model, target, source_codes, sources, effects, variances)
     own = {
         group: OwnChange(
             targets[group].profile - sources[group].profile,
@@ -109,12 +109,14 @@ def _sides(
     )
 
 
-def _noise(model: DISCoVeR, sides: list[tuple[GroupProfile, GroupProfile]]) -> float | None:
-    """Return the mean sampling variance of groups' changes; None where it is not known."""
+def _variances(
+    model: DISCoVeR, sides: list[tuple[GroupProfile, GroupProfile]]
+) -> np.ndarray | None:
+    """Return the sampling variances of groups' changes; None where they are not known."""
     if model.module.gene_likelihood == "normal":
         return None
     theta = dispersion_of(model)
-    return float(np.mean([_change_variance(theta, *pair) for pair in sides]))
+    return np.stack([_change_variance(theta, *pair) for pair in sides])
 
 
 def _change_variance(theta: np.ndarray, source: GroupProfile, target: GroupProfile) -> np.ndarray:
@@ -132,7 +134,7 @@ def _factors(
     source_codes: np.ndarray,
     sources: dict[str, GroupProfile],
     effects: GroupEffects,
-    noise: float | None,
+    variances: np.ndarray | None,
 ) -> dict[str, FactorEffects]:
     """Return what all treatments together tell of each group, where they tell it better.
 
@@ -151,7 +153,7 @@ def _factors(
         levels.index(level),
         control=np.stack([source.profile for source in sources.values()]),
         second_variance=effects.variance_beside(),
-        noise=noise,
+        noise=None if variances is None else float(variances.mean()),
     )
     if max(factors.scores.values()) <= max(effects.scores.values()):
         return {}

@@ -10,7 +10,7 @@ import numpy as np
 from ._calibration import anchored
 from ._left_out import LeftOut
 from ._reference import GroupProfile, group_profiles
-from ._shrinkage import missed, sampling_variance, standing_out
+from ._shrinkage import denoised, sampling_variance, standing_out
 from ._target import ASSUMED_OVERLAP, OVERLAPS
 
 if TYPE_CHECKING:
@@ -155,8 +155,10 @@ def missed_by_group(
 ) -> np.ndarray:
     """Return what the decoder misses of a part in each group, ``(n_groups, n_genes)``.
 
-    What stands out of the noise of all groups together, weighted by source cells, is taken for
-    common; what a group shows beyond it, where that stands out of its own noise, is its own.
+    It is what lacks to the observed change without its noise. That of all groups together, weighted
+    by source cells, is taken for common; what a group shows beyond it, where that stands out of its
+    own noise, is its own. The change is not measured against the decoder, which was trained on
+    these very cells and follows their noise.
 
     Parameters
     ----------
@@ -174,32 +176,27 @@ def missed_by_group(
         return np.stack([m.predicted * 0 + part.added for m in part.means])
     means = [part.means[k] for k in seen]
     share = np.array([m.n_cells for m in means]) / sum(m.n_cells for m in means)
-    errors, variances = zip(
-        *(_error(m, part.profiles[groups[k]], theta) for k, m in zip(seen, means, strict=True)),
-        strict=True,
-    )
+    observed = [_change(part.means[k], part.profiles[groups[k]], theta) for k in seen]
+    changes, variances = (np.stack(rows) for rows in zip(*observed, strict=True))
     if before is not None:
-        errors = np.stack(errors) - before[seen]
-    common = missed(
-        share @ errors,
-        share**2 @ variances,
-        share @ [m.predicted - m.decoded for m in means],
-        share @ [m.predicted for m in means],
-    )
+        changes = changes - before[seen]
+    decoded = np.stack([m.predicted - m.decoded for m in means])
+    profile = share @ np.stack([m.predicted for m in means])
+    common = denoised(share @ changes, share**2 @ variances, profile) - share @ decoded
     by_group = np.tile(common, (len(groups), 1))
     if len(seen) > 1:
-        for k, error, variance in zip(seen, errors, variances, strict=True):
-            by_group[k] += standing_out(error - common, variance)
+        for k, missed, variance in zip(seen, changes - decoded, variances, strict=True):
+            by_group[k] += standing_out(missed - common, variance)
     return by_group
 
 
-def _error(
+def _change(
     means: GroupMeans, observed: GroupProfile, theta: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return observed minus predicted profile of a group, and its sampling variance."""
-    predicted = anchored(means)[1]
+    """Return the observed change of a group's profile, and its sampling variance."""
+    before, predicted = anchored(means)
     between = (observed.profile + predicted) / 2
-    return observed.profile - predicted, sampling_variance(
+    return observed.profile - before, sampling_variance(
         between, theta, observed.n_cells, observed.inverse_library
     )
 

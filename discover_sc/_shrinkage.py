@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy.special import expit, logit
 
 from ._calibration import PROFILE_LIBRARY
 
@@ -50,64 +51,64 @@ def sampling_variance(
     return variance / (n_cells * (1.0 + mean) ** 2)
 
 
-def standing_out(values: np.ndarray, variances: np.ndarray) -> np.ndarray:
+def denoised(change: np.ndarray, variances: np.ndarray, profile: np.ndarray) -> np.ndarray:
+    r"""Observed change of a profile without its sampling noise, ``(n_genes,)``.
+
+    .. math:: \Delta_g = b\, (1 - e^{-p_g}) + m_g + \text{noise}
+
+    Counts add up, so what strong genes gain all others lose by the same factor (:math:`b`, on the
+    log scale of the profile); and single genes change on their own (:math:`m_g`, by
+    :func:`standing_out`).
+
+    Parameters
+    ----------
+    change, variances
+        Observed change and the variance of its noise, ``(n_genes,)`` each.
+    profile
+        Profile :math:`p` after the change, ``(n_genes,)``.
+    """
+    return standing_out(change, variances, -np.expm1(-np.maximum(profile, 0.0)))
+
+
+def standing_out(
+    values: np.ndarray, variances: np.ndarray, common: np.ndarray | None = None
+) -> np.ndarray:
     r"""Posterior mean of what noisy values measure, if most are small and some are large.
 
     .. math::
 
-        x_g \sim \mathcal N(m_g, v_g), \qquad
+        x_g \sim \mathcal N(b f_g + m_g, v_g), \qquad
         m_g \sim (1 - \pi)\, \mathcal N(0, \tau_0^2) + \pi\, \mathcal N(0, \tau_1^2)
 
-    with :math:`\pi, \tau_0, \tau_1` fitted to the values by 50 steps of expectation maximisation.
+    with :math:`b, \pi, \tau_0, \tau_1` fitted to the values by 50 steps of expectation
+    maximisation.
 
     Parameters
     ----------
     values, variances
         Values and the variances of their noise, ``(n_genes,)`` each.
+    common
+        What all values may share up to a factor, :math:`f`; None: nothing.
 
     Returns
     -------
     Shape ``(n_genes,)``.
     """
-    square = values**2
-    excess = square - variances
-    share = 0.2
-    narrow, wide = max(0.1 * excess.mean(), _TINY), max(0.1 * square.max(), _TINY)
+    common = np.zeros_like(values) if common is None else common
+    spread, share = None, 0.2
+    precision = 1.0 / (variances + max(float((values**2 - variances).mean()), _TINY))
     for _ in range(_N_STEPS):
-        likelihoods = [
-            weight * np.exp(-0.5 * square / total) / np.sqrt(total)
-            for weight, total in ((1 - share, narrow + variances), (share, wide + variances))
-        ]
-        is_wide = likelihoods[1] / np.maximum(sum(likelihoods), np.finfo(float).tiny)
-        share = is_wide.mean()
-        wide, narrow = (
-            max(float((mass * excess).sum() / max(mass.sum(), _TINY)), _TINY)
-            for mass in (is_wide, 1 - is_wide)
-        )
-    kept = [prior / np.maximum(prior + variances, _TINY) for prior in (narrow, wide)]
-    return values * ((1 - is_wide) * kept[0] + is_wide * kept[1])
-
-
-def missed(
-    error: np.ndarray, variance: np.ndarray, change: np.ndarray, profile: np.ndarray
-) -> np.ndarray:
-    r"""Part of a decoder's error on one condition that is not noise, ``(n_genes,)``.
-
-    .. math:: e_g = a\, \delta_g + b\, (1 - e^{-p_g}) + m_g + \text{noise}
-
-    A decoder shrinks changes (:math:`a`); since counts add up, what it misses of strong genes all
-    others are wrong by the same factor (:math:`b`, on the log scale of the profile); and
-    single genes are missed on their own (:math:`m_g`, by :func:`standing_out`).
-
-    Parameters
-    ----------
-    error, variance
-        Observed minus predicted profile, and its sampling variance, ``(n_genes,)`` each.
-    change, profile
-        Predicted change :math:`\delta` and profile :math:`p`, ``(n_genes,)`` each.
-    """
-    common = np.stack([change, -np.expm1(-np.maximum(profile, 0.0))])
-    weight = 1.0 / (variance + max(float((error**2 - variance).mean()), _TINY))
-    system = (common * weight) @ common.T + _TINY * np.eye(2)
-    explained = np.linalg.solve(system, (common * weight) @ error) @ common
-    return explained + standing_out(error - explained, variance)
+        factor = (precision * common) @ values / max((precision * common) @ common, _TINY)
+        rest = values - factor * common
+        square, excess = rest**2, rest**2 - variances
+        if spread is None:
+            spread = np.maximum([[0.1 * excess.mean()], [0.1 * square.max()]], _TINY)
+        total = spread + variances
+        log_likelihood = -0.5 * (square / total + np.log(total))
+        is_wide = expit(log_likelihood[1] - log_likelihood[0] + logit(share))
+        mass = np.stack([1 - is_wide, is_wide])
+        spread = np.maximum(mass @ excess / np.maximum(mass.sum(axis=1), _TINY), _TINY)[:, None]
+        share = float(is_wide.mean())
+        precision = (mass / np.maximum(spread + variances, _TINY)).sum(axis=0)
+    kept = (mass * spread / np.maximum(spread + variances, _TINY)).sum(axis=0)
+    return factor * common + kept * rest

@@ -103,7 +103,7 @@ def test_a_second_estimate_that_lies_far_off_is_given_the_error_that_explains_it
     truth, noise = rng.normal(0, 0.3, 2000), 0.2
     control = rng.normal(size=(5, 2000))
     observed = truth + rng.normal(0, noise, (5, 2000))
-    effects = GroupEffects(control, control + observed, noise**2)
+    effects = GroupEffects(control, control + observed, np.full((5, 2000), noise**2))
     change = effects.change(control.mean(0))
     own_error = np.square(change - truth).mean()
     for size in (0.05, 0.2, 0.5):
@@ -115,3 +115,17 @@ def test_a_second_estimate_that_lies_far_off_is_given_the_error_that_explains_it
         assert weight.mean() == pytest.approx(best, abs=0.1)
     unknown = GroupEffects(control, control + observed).weight_beside(change - second)
     assert unknown.mean() == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_changes_are_carried_over_without_their_noise_and_judged_with_it():
+    rng = np.random.default_rng(0)
+    control = rng.uniform(1.0, 3.0, (4, 300))
+    truth = np.where(np.arange(300) < 30, 2.0, 0.0)
+    noise = rng.normal(0, 0.3, (4, 300))
+    plain, effects = (
+        GroupEffects(control, control + truth + noise, variances)
+        for variances in (None, np.full((4, 300), 0.09))
+    )
+    far = [np.square(e.change(control[0]) - truth).mean() for e in (plain, effects)]
+    assert far[1] < 0.3 * far[0]
+    assert 0.09 < np.square(effects.errors).mean() < np.square(plain.errors).mean()

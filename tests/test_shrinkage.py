@@ -1,6 +1,7 @@
 import numpy as np
+import pytest
 
-from discover_sc._shrinkage import missed, sampling_variance, standing_out
+from discover_sc._shrinkage import denoised, sampling_variance, standing_out
 
 
 def test_the_sampling_variance_is_that_of_drawn_profiles():
@@ -42,18 +43,24 @@ def test_values_without_noise_are_kept_and_noise_alone_is_not():
     assert np.abs(standing_out(noise, np.full(200, 0.09))).max() < 0.1
 
 
-def test_a_decoder_that_shrinks_every_change_is_found_out_below_the_noise():
+def test_a_value_far_beyond_all_others_is_kept():
+    values = np.r_[500.0, np.zeros(99)]
+    assert standing_out(values, np.full(100, 0.1))[0] == pytest.approx(500.0, rel=0.01)
+
+
+def test_what_all_values_share_is_no_noise_whatever_stands_out():
     rng = np.random.default_rng(0)
-    change, profile = rng.normal(0, 0.5, 400), rng.uniform(1, 5, 400)
-    truth = 0.3 * change
-    variance = np.full(400, 0.04)
-    error = truth + rng.normal(size=400) * 0.2
-    found = missed(error, variance, change, profile)
-    assert np.square(found - truth).mean() < 0.1 * np.square(error - truth).mean()
+    common, variance = rng.uniform(0.5, 1.0, 500), np.full(500, 0.04)
+    truth = 0.3 * common + np.where(np.arange(500) < 100, 2.0, 0.0)  # all to one side
+    seen = truth + rng.normal(size=500) * 0.2
+    kept = standing_out(seen, variance, common)
+    assert np.abs(kept - truth)[100:].mean() < 0.03
+    assert np.abs(standing_out(seen, variance) - truth)[100:].mean() > 0.1
 
 
 def test_counts_that_lack_in_one_gene_are_too_many_in_all_others_by_one_factor():
     profile = np.linspace(0.1, 5, 300)
-    wrong = np.log1p(1.1 * np.expm1(profile)) - profile  # all counts 10 % too few
-    found = missed(wrong, np.full(300, 0.01), np.zeros(300), profile)
-    np.testing.assert_allclose(found, wrong, atol=0.01)
+    change = np.log1p(1.1 * np.expm1(profile)) - profile
+    noise = 0.1 * np.random.default_rng(0).normal(size=300)
+    found = denoised(change + noise, np.full(300, 0.01), profile + change)
+    np.testing.assert_allclose(found, change, atol=0.03)
