@@ -1,4 +1,4 @@
-"""What the decoder misses of a new condition, gene by gene, where it stands out of the noise."""
+"""What the decoder misses of a new condition, gene by gene."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _MAX_CELLS = 500
 def missed_change(model: DISCoVeR, cells: AnnData, key: str, level: str) -> np.ndarray:
     r"""Change of the log profile that the decoder, which stays as it is, cannot draw.
 
-    The observed profile of the new cells, ``log1p`` of means per 10,000 counts, is compared with
-    that predicted for them from known cells of the same groups, under the level that most of those
-    are under; of the difference, what stands out of the noise is kept (:func:`missed_by_group`).
+    The observed change of the new cells, from known cells of the same groups under the level that
+    most of those are under to the profile of the new ones (``log1p`` of means per 10,000 counts),
+    is taken without its noise and compared with the predicted one (:func:`missed_by_group`).
 
     Parameters
     ----------
