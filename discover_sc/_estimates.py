@@ -24,8 +24,9 @@ def estimate_profiles(
     """Return the estimated profile of each group, and what it was made from, as plain values."""
     changes = observed_changes(model, move.target, move.codes, move.dose, grouped.names)
     choice = {"ways": move.description, "n_groups": 0}
-    if changes[0].effects is not None:
-        choice |= changes[0].effects.summary()
+    for change in changes:  # groups that were never treated have no factors
+        if change.effects is not None:
+            choice |= change.effects.summary()
     if move.method != "auto":
         estimates = [uncalibrated(m, c.effects) for m, c in zip(means, changes, strict=True)]
     elif move.parts is not None and model.module.gene_likelihood != "normal":

@@ -292,8 +292,9 @@ class ReadoutMixin:
         ``.uns["discover_counterfactual"]``: what was done. With ``"auto"``,
         ``model.counterfactual_choice_`` holds for each source condition the power by which like
         groups were weighted, or the number of factors of all treatments where these predict
-        better; its scores and those of the other choices over left-out groups; and the mean
-        weight of observed changes beside the model.
+        better (both, if some source cells are of groups that were never treated); its scores and
+        those of the other choices over left-out groups; and the mean weight of observed changes
+        beside the model.
 
         Raises
         ------

@@ -71,14 +71,14 @@ def test_factors_predict_what_the_distance_between_controls_cannot():
     assert ((weight > 0.5) & (weight < 1)).all()  # better than the second estimate
 
 
-def receptor_cells(n_treatments, seed=0):
+def receptor_cells(n_treatments, n_types=4, seed=0):
     """Each type holds another amount of each of two receptors; one pair is left out."""
     rng = np.random.default_rng(seed)
     levels = ["ctrl", *(f"drug_{k}" for k in range(n_treatments))]
     pathways = rng.normal(0, 1.0, (2, 30))
     strengths = np.concatenate([np.zeros((1, 2)), rng.uniform(0, 1, (n_treatments, 2))])
-    receptors = np.array([[0.2, 1.6], [1.6, 0.2], [1.0, 1.0], [0.2, 0.2]])
-    pairs = [(c, t) for c in range(len(levels)) for t in range(4) if (c, t) != (1, 0)]
+    receptors = np.array([[0.2, 1.6], [1.6, 0.2], [1.0, 1.0], [0.2, 0.2], [1.6, 1.6]])
+    pairs = [(c, t) for c in range(len(levels)) for t in range(n_types) if (c, t) != (1, 0)]
     adata = simulate(len(pairs) * 60, 30, seed=0)
     effects = [np.exp(2 + (strengths[c] * receptors[t]) @ pathways) for c, t in pairs]
     adata.X = rng.poisson(np.repeat(effects, 60, axis=0)).astype("float32")
@@ -94,3 +94,12 @@ def test_several_treatments_are_used_together_and_one_alone_is_not(n_treatments,
     controls = (adata.obs[["condition", "cell_type"]] == ["ctrl", "type_0"]).all(axis=1).to_numpy()
     model.predict_counterfactual(model.adata[controls].copy(), to="drug_0", n_samples=2)
     assert chosen in model.counterfactual_choice_["ctrl"]
+
+
+def test_both_choices_are_told_where_a_group_was_never_treated():
+    adata = receptor_cells(6, n_types=5)
+    controls = (adata.obs["condition"] == "ctrl").to_numpy()
+    known = controls | (adata.obs["cell_type"] != "type_4").to_numpy()
+    model = train_small(adata[known].copy(), {"labels_key": "cell_type"}, train={"max_epochs": 2})
+    model.predict_counterfactual(adata[controls].copy(), to="drug_0", n_samples=2)
+    assert {"n_factors", "power"} <= set(model.counterfactual_choice_["ctrl"])
