@@ -2,6 +2,7 @@
 
     DISCOVER_SC_DATA=FOLDER python tests/benchmarks/counterfactual.py [--seeds 3] [--out FOLDER]
     python tests/benchmarks/counterfactual.py --data shallow      a simulation, 650 counts per cell
+    python tests/benchmarks/counterfactual.py --data unlike       one whose types answer differently
 
 Prints means per method and per cell type, and writes counterfactual.csv and counterfactual.png.
 """
@@ -24,12 +25,21 @@ MAIN = ["lfc_r2", "lfc_r2_top20"]
 def shallow():
     """Five types that answer nearly alike, 250 cells of each under each condition."""
     effects = {"effect_scale": 0.7, "specific_effect_scale": 0.5}
-    adata = simulate(2500, 1000, n_types=5, mean_library_size=650, **effects, seed=3)
+    return treated(simulate(2500, 1000, n_types=5, mean_library_size=650, **effects, seed=3))
+
+
+def unlike():
+    """Six types that answer in ways of their own as well: nothing observed elsewhere tells them."""
+    effects = {"effect_scale": 1.0, "specific_effect_scale": 1.0}
+    return treated(simulate(2500, 1000, n_types=6, **effects, seed=0))
+
+
+def treated(adata):
     adata.obs["condition"] = adata.obs["condition"].cat.rename_categories({"treat_1": "stim"})
     return adata
 
 
-DATA = {"kang": kang, "shallow": shallow}
+DATA = {"kang": kang, "shallow": shallow, "unlike": unlike}
 
 
 def report(table):
