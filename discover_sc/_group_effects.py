@@ -49,10 +49,12 @@ class GroupEffects(LeftOut):
         self, control: np.ndarray, treated: np.ndarray, variances: np.ndarray | None = None
     ) -> None:
         self._control = control
-        observed = self._changes = treated - control
+        observed = treated - control
+        self._changes = observed
         if variances is not None:
+            middle = (control + treated) / 2  # its noise is not that of the change
             self._changes = np.stack(
-                [denoised(*group) for group in zip(observed, variances, treated, strict=True)]
+                [denoised(*group) for group in zip(observed, variances, middle, strict=True)]
             )
         between = euclidean_distances(control, control, squared=True)
         self._floor = _FLOOR * between.mean() if len(control) > 1 else 1.0

@@ -43,9 +43,8 @@ class LeftOut:
 
         Inverse variances: that of this estimate is its squared error where it was left out, of
         each gene; that of the second one is the same for all genes. So genes that are badly
-        predicted are left to the second estimate. Its variance is :meth:`variance_beside`, which
-        is that of this one on average, unless the two lie further apart than that allows: with
-        independent errors
+        predicted are left to the second estimate. Its variance is :meth:`variance_beside`, unless
+        the two lie further apart than that allows: with independent errors
 
         .. math:: \overline{(a - b)^2} = \sigma_a^2 + \sigma_b^2,
 
@@ -68,7 +67,7 @@ class LeftOut:
         return second / (second + variance)
 
     def variance_beside(self) -> float:
-        """Return the least variance that a second estimate's error is taken to have."""
+        """Return the least variance that a second estimate's error is taken to have: as here."""
         return float((self.errors**2).mean())
 
     def error_variance(self, profile: np.ndarray, change: np.ndarray) -> np.ndarray:

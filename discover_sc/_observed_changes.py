@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ._borrowed_effects import BorrowedEffects, KnownChanges
-from ._calibration import OwnChange
+from ._calibration import OwnChange, trust
 from ._group_effects import GroupEffects
 from ._reference import GroupProfile, group_profiles
 from ._response_factors import FactorEffects
@@ -76,8 +75,9 @@ def library_change(
 ) -> float:
     """Return the change of the log library size in groups seen under both; 0 if there is none.
 
-    Mean over the groups, weighted by their cells; of harmonic means, which single large cells do
-    not move.
+    The mean over the groups, each weighted by what its cells say of it, shrunk by how many they
+    are (:func:`~discover_sc._calibration.trust`). Means of logarithms: single cells that are very
+    large or very small move them little.
 
     Parameters
     ----------
@@ -90,11 +90,11 @@ def library_change(
     """
     sources, targets = _sides(model, target, source_codes, source_dose)
     pairs = [(sources[group], targets[group]) for group in sources if group in targets]
-    if not pairs or model.module.gene_likelihood == "normal":
+    if not pairs:
         return 0.0
-    changes = [math.log(before.inverse_library / after.inverse_library) for before, after in pairs]
+    changes = [after.log_library - before.log_library for before, after in pairs]
     precisions = [1 / (1 / before.n_cells + 1 / after.n_cells) for before, after in pairs]
-    return float(np.average(changes, weights=precisions))
+    return float(trust(sum(precisions)) * np.average(changes, weights=precisions))
 
 
 def _sides(

@@ -157,8 +157,8 @@ def missed_by_group(
 
     It is what lacks to the observed change without its noise. That of all groups together, weighted
     by source cells, is taken for common; what a group shows beyond it, where that stands out of its
-    own noise, is its own. The change is not measured against the decoder, which was trained on
-    these very cells and follows their noise.
+    own noise, is its own. What is common is not measured against the decoder, which was trained
+    on these very cells and follows their noise; what is a group's own is.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def missed_by_group(
 def _change(
     means: GroupMeans, observed: GroupProfile, theta: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the observed change of a group's profile, and its sampling variance."""
+    """Return the observed change of a group, and the sampling variance of its profile after it."""
     before, predicted = anchored(means)
     between = (observed.profile + predicted) / 2
     return observed.profile - before, sampling_variance(

@@ -70,7 +70,10 @@ def finish(
         obs[model.dose_key] = target.dose
     prediction = ad.AnnData(result.mean, obs, source.var.copy())
     prediction.layers["lower"], prediction.layers["upper"] = result.lower, result.upper
-    prediction.layers["counts"] = _in_order(result.counts)
+    order = np.argsort(np.concatenate([rows for rows, _ in result.counts]))
+    counts = sp.vstack([c for _, c in result.counts], format="csr")
+    result.counts.clear()  # before the next copy: each is as large as the output
+    prediction.layers["counts"] = counts[order]
     prediction.obsm[OBSM_W_KEY] = result.w
     prediction.obs["support"] = result.support
     for key, profiles in _group_intervals(result.estimates, interval).items():
@@ -85,14 +88,6 @@ def finish(
         "seed": seed,
     }
     return prediction
-
-
-def _in_order(minibatches: list[tuple[np.ndarray, sp.csr_matrix]]) -> sp.csr_matrix:
-    """Return the rows of all minibatches in the order of the cells; empties the list."""
-    order = np.argsort(np.concatenate([rows for rows, _ in minibatches]))
-    rows = sp.vstack([counts for _, counts in minibatches], format="csr")
-    minibatches.clear()  # before the next copy: each is as large as the output
-    return rows[order]
 
 
 def _group_intervals(

@@ -243,12 +243,12 @@ def _predict_cells(
     batches = grouped.batches
     calibrations = _calibrations(model, means, estimates, draws.n_samples)
     sums = torch.zeros(calibrations.wanted.shape, dtype=torch.float64)
-    change = library_change(model, move.target, move.codes, move.dose)
+    log_factor = library_change(model, move.target, move.codes, move.dose)
     for positions, tensors, outputs in batches:
         rows = batches.cells[positions]
         group = torch.as_tensor(grouped.group_of_cell[positions], device=model.device)
         library = outputs[LIBRARY_KEY]
-        treated_library = library + change
+        treated_library = library + log_factor
         drawn = _draw(
             model, move, calibrations, draws.interval, tensors, outputs, group, treated_library
         )
@@ -264,7 +264,7 @@ def _predict_cells(
         result.w[rows] = move_w(move.way, z, w).cpu().numpy()
         result.support[rows] = move.support(z.cpu().numpy(), w.cpu().numpy())
         x = tensors[REGISTRY_KEYS.X_KEY].to(model.device)
-        counts = carry_over(drawn.px, x, drawn.before, drawn.after, library, change)
+        counts = carry_over(drawn.px, x, drawn.before, drawn.after, library, log_factor)
         result.counts.append((rows, sp.csr_matrix(counts.cpu().numpy())))
     wanted = calibrations.wanted.cpu().double()
     settle = _calibration_class(model)(_profiles_of_sums(model, sums, means), wanted)

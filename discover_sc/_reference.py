@@ -45,8 +45,9 @@ def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
     Per cell ``z``, ``w``, ``condition_codes``, ``doses`` (None if there are none) and ``groups``;
     ``cluster_centers`` of z, or None where there are labels; per combination of conditions, dose
     and group that occurs ``profile_codes``, ``profile_doses``, ``profile_groups``,
-    ``profile_n_cells``, ``profile_inverse_library`` (mean over the cells of one over the library
-    size) and ``profiles`` (:func:`profile_of`).
+    ``profile_n_cells``, ``profile_inverse_library`` and ``profile_log_library`` (means over the
+    cells of one over the library size, and of its logarithm) and ``profiles``
+    (:func:`profile_of`).
     """
     cells = np.sort(np.concatenate([model.train_indices, model.validation_indices]))
     if model.labels_key is not None:
@@ -96,7 +97,7 @@ def _encode(
     pair_of_cell, pairs = grouped.ngroup().to_numpy(), grouped.size().reset_index(name="n_cells")
     latents = {} if z is None else {"z": z[kept]}
     missing = [name for name in ("z", "w") if name not in latents]
-    read, profiles, inverse_library = _read(model, adata, cells, pair_of_cell, missing)
+    read = _read(model, adata, cells, pair_of_cell, missing)
     return (
         latents
         | read
@@ -108,8 +109,6 @@ def _encode(
             "profile_doses": None if doses is None else pairs["dose"].to_numpy(),
             "profile_groups": pairs["group"].to_numpy(dtype=str),
             "profile_n_cells": pairs["n_cells"].to_numpy(),
-            "profiles": profiles,
-            "profile_inverse_library": inverse_library,
         }
     )
 
@@ -121,16 +120,17 @@ def _read(
     cells: np.ndarray,
     pair_of_cell: np.ndarray,
     latents: Sequence[str],
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+) -> dict[str, np.ndarray]:
     """Return, in one pass over the cells, what is kept of them.
 
-    Posterior means of latents by name; profile, ``(n_pairs, n_genes)``, and mean inverse library
-    of each pair's cells.
+    Posterior means of latents by name; of each pair's cells the profile, ``(n_pairs, n_genes)``,
+    and the means of one over the library size and of its logarithm (0, 0 without counts).
     """
     sizes = {latent: model.module.n_latents[latent] for latent in latents}
     means = {k: np.empty((len(cells), n), dtype=np.float32) for k, n in sizes.items()}
     n_cells = np.bincount(pair_of_cell)
-    sums, inverse, start = np.zeros((len(n_cells), adata.n_vars)), np.zeros(len(n_cells)), 0
+    sums, start = np.zeros((len(n_cells), adata.n_vars)), 0
+    libraries = np.zeros((2, len(n_cells)))
     for tensors in model._make_data_loader(
         adata, indices=cells, batch_size=_BATCH_SIZE, load_sparse_tensor=True
     ):
@@ -142,12 +142,19 @@ def _read(
         pair = pair_of_cell[rows]
         weight = np.ones(len(pair))
         if model.module.gene_likelihood != "normal":
-            weight = PROFILE_LIBRARY / np.asarray(x.sum(axis=1)).ravel()
-        inverse += np.bincount(pair, weight / PROFILE_LIBRARY, len(n_cells))
+            library = np.asarray(x.sum(axis=1), dtype=float).ravel()
+            weight = PROFILE_LIBRARY / library
+            for total, of_cell in zip(libraries, (1 / library, np.log(library)), strict=True):
+                total += np.bincount(pair, of_cell, len(n_cells))
         sums += csr_matrix((weight, (pair, np.arange(len(pair)))), (len(n_cells), len(pair))) @ x
         start = rows.stop
+    inverse_library, log_library = libraries / n_cells
     profiles = profile_of(model, torch.as_tensor(sums / n_cells[:, None]))
-    return means, profiles.numpy().astype(np.float32), inverse / n_cells
+    return means | {
+        "profiles": profiles.numpy().astype(np.float32),
+        "profile_inverse_library": inverse_library,
+        "profile_log_library": log_library,
+    }
 
 
 def _arrays(tensors: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
@@ -188,6 +195,7 @@ class GroupProfile(NamedTuple):
     profile: np.ndarray
     n_cells: int
     inverse_library: float
+    log_library: float = 0.0
 
 
 def group_profiles(reference: dict, side: np.ndarray) -> dict[str, GroupProfile]:
@@ -205,11 +213,13 @@ def group_profiles(reference: dict, side: np.ndarray) -> dict[str, GroupProfile]
         rows = side & (reference["profile_groups"] == group)
         n_cells = reference["profile_n_cells"][rows]
         if n_cells.sum() >= MIN_GROUP_CELLS:
-            mean, inverse_library = (
+            mean, inverse_library, log_library = (
                 np.average(reference[name][rows], axis=0, weights=n_cells)
-                for name in ("profiles", "profile_inverse_library")
+                for name in ("profiles", "profile_inverse_library", "profile_log_library")
             )
-            profiles[str(group)] = GroupProfile(mean, int(n_cells.sum()), float(inverse_library))
+            profiles[str(group)] = GroupProfile(
+                mean, int(n_cells.sum()), float(inverse_library), float(log_library)
+            )
     return profiles
 
 

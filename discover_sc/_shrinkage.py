@@ -65,7 +65,7 @@ def denoised(change: np.ndarray, variances: np.ndarray, profile: np.ndarray) -> 
     change, variances
         Observed change and the variance of its noise, ``(n_genes,)`` each.
     profile
-        Profile :math:`p` after the change, ``(n_genes,)``.
+        Profile :math:`p`, ``(n_genes,)``; best one whose noise is not that of the change.
     """
     return standing_out(change, variances, -np.expm1(-np.maximum(profile, 0.0)))
 
@@ -73,7 +73,9 @@ def denoised(change: np.ndarray, variances: np.ndarray, profile: np.ndarray) -> 
 def standing_out(
     values: np.ndarray, variances: np.ndarray, common: np.ndarray | None = None
 ) -> np.ndarray:
-    r"""Posterior mean of what noisy values measure, if most are small and some are large.
+    r"""Posterior mean of what noisy values measure: what they share, and what stands out.
+
+    Beside what they share, most are small and some are large:
 
     .. math::
 
@@ -109,6 +111,6 @@ def standing_out(
         mass = np.stack([1 - is_wide, is_wide])
         spread = np.maximum(mass @ excess / np.maximum(mass.sum(axis=1), _TINY), _TINY)[:, None]
         share = float(is_wide.mean())
-        precision = (mass / np.maximum(spread + variances, _TINY)).sum(axis=0)
-    kept = (mass * spread / np.maximum(spread + variances, _TINY)).sum(axis=0)
+        precision = (mass / (spread + variances)).sum(axis=0)
+    kept = (mass * spread / (spread + variances)).sum(axis=0)
     return factor * common + kept * rest

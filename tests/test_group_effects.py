@@ -129,3 +129,12 @@ def test_changes_are_carried_over_without_their_noise_and_judged_with_it():
     far = [np.square(e.change(control[0]) - truth).mean() for e in (plain, effects)]
     assert far[1] < 0.3 * far[0]
     assert 0.09 < np.square(effects.errors).mean() < np.square(plain.errors).mean()
+
+
+def test_noise_alone_moves_no_profile():
+    """Counts add up: a covariate with the noise of the change would find a common shift in it."""
+    rng = np.random.default_rng(0)
+    profile, noise = rng.uniform(0.1, 2.0, 2000), 0.3
+    control, treated = profile + rng.normal(0, noise, (2, 4, 2000))
+    effects = GroupEffects(control, treated, np.full((4, 2000), 2 * noise**2))
+    assert abs(effects.change(profile).mean()) < 0.01

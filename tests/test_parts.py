@@ -49,6 +49,16 @@ def test_what_is_seen_without_noise_is_missed_as_it_is():
     np.testing.assert_allclose(found[1], found[0])  # not seen: what is common
 
 
+def test_a_decoder_that_follows_the_noise_of_a_part_is_not_believed():
+    rng = np.random.default_rng(0)
+    before, noise = rng.uniform(1.0, 4.0, 500), rng.normal(0, 0.15, 500)
+    follows = GroupMeans(before, before, before + noise, 10)
+    theta = np.full(500, 1.0)
+    part = Part({"a": GroupProfile(before + noise, 50, 1e-3)}, [follows], 0.0)
+    [missed] = missed_by_group(part, ["a"], theta)
+    assert np.square(noise + missed).mean() < 0.2 * np.square(noise).mean()
+
+
 def test_where_no_group_saw_a_part_what_is_known_otherwise_is_taken():
     part = Part({}, [means([1.0, 2.0, 3.0])], np.array([0.1, 0.0, -0.1]))
     np.testing.assert_allclose(missed_by_group(part, ["a"], THETA), [[0.1, 0.0, -0.1]])
