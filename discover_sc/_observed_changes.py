@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ._borrowed_effects import BorrowedEffects, KnownChanges
-from ._calibration import OwnChange, trust
+from ._calibration import OwnChange
 from ._group_effects import GroupEffects
 from ._reference import GroupProfile, group_profiles
 from ._response_factors import FactorEffects
@@ -75,9 +75,8 @@ def library_change(
 ) -> float:
     """Return the change of the log library size in groups seen under both; 0 if there is none.
 
-    The mean over the groups, each weighted by what its cells say of it, shrunk by how many they
-    are (:func:`~discover_sc._calibration.trust`). Means of logarithms: single cells that are very
-    large or very small move them little.
+    The mean over the groups, each weighted by what its cells say of it. Means of logarithms: single
+    cells that are very large or very small move them little.
 
     Parameters
     ----------
@@ -94,7 +93,7 @@ def library_change(
         return 0.0
     changes = [after.log_library - before.log_library for before, after in pairs]
     precisions = [1 / (1 / before.n_cells + 1 / after.n_cells) for before, after in pairs]
-    return float(trust(sum(precisions)) * np.average(changes, weights=precisions))
+    return float(np.average(changes, weights=precisions))
 
 
 def _sides(
