@@ -17,6 +17,7 @@ def likelihood_of(
     output: Tensor,
     library: Tensor | None,
     theta: Tensor,
+    zi_logits: Tensor | None = None,
 ) -> torch.distributions.Distribution:
     r"""Return the likelihood that the output of a decoder stands for.
 
@@ -27,19 +28,18 @@ def likelihood_of(
     gene_likelihood
         Family of the distribution.
     output
-        Shape ``(n_cells, n_genes)``: logits of the shares :math:`o`, means under ``"normal"``;
-        under ``"zinb"`` followed by the logits of zero inflation, ``(n_cells, 2 n_genes)``.
+        Shape ``(n_cells, n_genes)``: logits of the shares :math:`o`, means under ``"normal"``.
     library
         Log library size :math:`l`, ``(n_cells, 1)``; not read under ``"normal"``.
     theta
         Inverse dispersion, inverse variance under ``"normal"``, positive,
         ``(1 or n_cells, n_genes)``; not read under ``"poisson"``.
+    zi_logits
+        Logits of zero inflation, ``(n_cells, n_genes)``; read only under ``"zinb"``.
     """
     if gene_likelihood == "normal":
         scale = torch.rsqrt(theta).expand_as(output)
         return Normal(output, scale, validate_args=False, normal_mu=output)
-    if gene_likelihood == "zinb":
-        output, zi_logits = output.chunk(2, dim=-1)
     scale = F.softmax(output, dim=-1)
     rate = torch.exp(library) * scale
     if gene_likelihood == "poisson":

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 
-from ._keys import LIBRARY_KEY, W_KEY, Z_KEY
+from ._keys import INFLATION_KEY, LIBRARY_KEY, OUTPUTS_KEY
 from ._likelihoods import reconstruction_losses
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def fit_dispersion(model: DISCoVeR) -> None:
 
 def _slope(module: DiscoverVAE, parts: list[tuple[Tensor, ...]]) -> Tensor:
     """Return the derivative of the loss by log theta, of the shape of ``module.log_theta``."""
-    for x, output, library, batch_index in parts:
-        theta = module.theta(batch_index)
-        loss = reconstruction_losses(x, module.gene_likelihood, [output], library, theta)
+    for x, output, library, zi_logits, batch_index in parts:
+        told = (library, module.theta(batch_index), zi_logits)
+        loss = reconstruction_losses(x, module.gene_likelihood, [output], *told)
         loss.sum().backward()
     slope, module.log_theta.grad = module.log_theta.grad, None
     return slope
@@ -83,11 +83,11 @@ def _secant_step(slope: Tensor, curvature: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _decoded(model: DISCoVeR, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Return counts, what is decoded, log library and batch codes of a minibatch."""
+    """Return counts, what is decoded of them, log library and batch codes of a minibatch."""
     module = model.module
-    outputs = module.inference(**module._get_inference_input(tensors))
-    batch_index, *covariates = module.covariates(tensors)
-    latents = torch.cat([outputs[Z_KEY], outputs[W_KEY]], dim=-1)
-    x, batch_index = tensors[REGISTRY_KEYS.X_KEY].to(module.device), batch_index.to(module.device)
-    output = module.decoder(latents, *(c if c is None else c.to(module.device) for c in covariates))
-    return x, output, outputs[LIBRARY_KEY], batch_index
+    encoded = module.inference(**module._get_inference_input(tensors))
+    inputs = module._get_generative_input(tensors, encoded)
+    decoded = module.generative(**inputs, likelihoods=False)
+    counts, batch_index = tensors[REGISTRY_KEYS.X_KEY], inputs["batch_index"]
+    x, batch_index = counts.to(module.device), batch_index.to(module.device)
+    return x, decoded[OUTPUTS_KEY][0], encoded[LIBRARY_KEY], decoded[INFLATION_KEY], batch_index

@@ -34,6 +34,7 @@ def reconstruction_losses(
     outputs: Sequence[Tensor],
     library: Tensor,
     theta: Tensor,
+    zi_logits: Tensor | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood of each cell under each of several decoder outputs, in nats.
 
@@ -57,12 +58,15 @@ def reconstruction_losses(
     gene_likelihood
         What the outputs mean; see :func:`~discover_sc._decoded.likelihood_of`.
     outputs
-        Outputs of decoders, ``(n_cells, n_genes)`` each; with ``"zinb"`` twice as many columns.
+        Outputs of decoders, ``(n_cells, n_genes)`` each.
     library
         Log library size, ``(n_cells, 1)``; not read for ``"normal"``.
     theta
         Inverse dispersion, positive, of shape ``(1, n_genes)`` or ``(n_cells, n_genes)``; not
         read for ``"poisson"``.
+    zi_logits
+        Logits of :math:`\pi`, which the outputs share too, ``(n_cells, n_genes)``; read only for
+        ``"zinb"``.
 
     Returns
     -------
@@ -82,8 +86,11 @@ def reconstruction_losses(
     if gene_likelihood == "poisson":
         rates = [likelihood_of("poisson", o, library, theta).rate for o in outputs]
         return torch.stack([_poisson_loss(rate, nonzero) for rate in rates])
-    fused = _NegativeBinomialLosses if gene_likelihood == "nb" else _ZeroInflatedLosses
-    return fused.apply(theta, library, _Counts(nonzero, theta.detach()), *outputs)
+    counts = _Counts(nonzero, theta.detach())
+    if gene_likelihood == "nb":
+        return _NegativeBinomialLosses.apply(theta, library, counts, *outputs)
+    zi_logits = zi_logits.to(theta.dtype)
+    return _ZeroInflatedLosses.apply(theta, library, counts, zi_logits, *outputs)
 
 
 def _poisson_loss(rate: Tensor, nonzero: NonZero) -> Tensor:
@@ -202,34 +209,37 @@ class _NegativeBinomialLosses(Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         theta, scale, u, log_1u = ctx.saved_tensors
         nonzero, (slopes, theta_slopes) = ctx.entries.counts.nonzero, ctx.entries.slopes()
-        share, theta_grad, to_means = _share(u), None, (None, None)
+        share, theta_grad, library_grad, output_grads = _share(u), None, None, [None] * len(grad)
         if ctx.needs_input_grad[0]:
             theta_slope = log_1u.addcmul_(share, theta / (theta + _EPS), value=-1)
             theta_grad = _sum_cells(nonzero.put(theta_slope, theta_slopes), grad, len(theta))
         if any(ctx.needs_input_grad[1:]):
-            slope = nonzero.put(share.mul_(theta), slopes)
-            to_means = _through_means(slope.mul_(grad.unsqueeze(2)), scale, out=slope)
-        return _gradients(ctx, theta_grad, *to_means)
+            slope = nonzero.put(share.mul_(theta), slopes).mul_(grad.unsqueeze(2))
+            output_grads, library_grad = _through_means(slope, scale)
+        return theta_grad, library_grad, None, *output_grads
 
 
 class _ZeroInflatedLosses(Function):
-    """The same under zero inflation, whose logits are the second half of each output."""
+    """The same under a zero inflation that the outputs share."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, theta: Tensor, library: Tensor, counts: _Counts, *outputs: Tensor
+        ctx: FunctionCtx,
+        theta: Tensor,
+        library: Tensor,
+        counts: _Counts,
+        zi_logits: Tensor,
+        *outputs: Tensor,
     ) -> Tensor:
-        halves = [output.chunk(2, dim=1) for output in outputs]
-        scale, mu = _means([half[0] for half in halves], library)
-        zi_logits = torch.stack([half[1] for half in halves])
+        scale, mu = _means(outputs, library)
         ctx.entries = _Entries(mu, counts)
         ctx.zi_logits = counts.nonzero.pick(zi_logits)
         own = ctx.entries.loss().add_(F.softplus(ctx.zi_logits))
         u, log_1u = _log_1u(mu, theta, out=mu)
-        inflated = torch.sigmoid_(zi_logits)
+        inflated = torch.sigmoid(zi_logits).clamp_(min=torch.finfo(theta.dtype).tiny)
         counted = torch.mul(log_1u, -theta).exp_()
         counted.addcmul_(counted, inflated, value=-1)
-        zero = (inflated + counted).clamp_(min=torch.finfo(theta.dtype).tiny)
+        zero = inflated + counted
         counted /= zero  # probability that a zero comes from the negative binomial
         ctx.save_for_backward(theta, scale, u, log_1u, inflated, counted)
         return -counts.nonzero.put(zero.log_(), -own).sum(-1)
@@ -239,20 +249,31 @@ class _ZeroInflatedLosses(Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         theta, scale, u, log_1u, inflated, counted = ctx.saved_tensors
         nonzero, (slopes, theta_slopes) = ctx.entries.counts.nonzero, ctx.entries.slopes()
-        share, theta_grad, to_outputs = _share(u), None, (None, None)
+        share, theta_grad, library_grad, output_grads = _share(u), None, None, [None] * len(grad)
+        zi_grad = None
         if ctx.needs_input_grad[0]:
             theta_slope = log_1u.addcmul_(share, theta / (theta + _EPS), value=-1).mul_(counted)
             theta_grad = _sum_cells(nonzero.put(theta_slope, theta_slopes), grad, len(theta))
         if any(ctx.needs_input_grad[1:]):
-            per_cell = grad.unsqueeze(2)
-            slope = nonzero.put(share.mul_(theta).mul_(counted), slopes)
-            zi_slope = nonzero.put(counted.add_(inflated).sub_(1), torch.sigmoid(ctx.zi_logits))
-            both = slope.new_empty(*slope.shape[:2], 2 * slope.shape[2])
-            to_means, to_logits = both.chunk(2, dim=2)
-            _, library_grad = _through_means(slope.mul_(per_cell), scale, out=to_means)
-            torch.mul(zi_slope, per_cell, out=to_logits)
-            to_outputs = both, library_grad
-        return _gradients(ctx, theta_grad, *to_outputs)
+            slope = nonzero.put(share.mul_(theta).mul_(counted), slopes).mul_(grad.unsqueeze(2))
+            output_grads, library_grad = _through_means(slope, scale)
+            zi_grad = _through_inflation(ctx.zi_logits, inflated, counted, nonzero, grad)
+        return theta_grad, library_grad, None, zi_grad, *output_grads
+
+
+def _through_inflation(
+    at_counts: Tensor, inflated: Tensor, counted: Tensor, nonzero: NonZero, grad: Tensor
+) -> Tensor:
+    """Return the derivative by the logits of zero inflation: sums over the outputs.
+
+    That of a zero is ``counted + inflated - 1``, that of a count ``inflated``.
+    """
+    every = grad.sum(0).unsqueeze(1)
+    total = inflated.sub_(1).mul_(every)
+    for own, weight in zip(counted, grad, strict=True):
+        total.addcmul_(own, weight.unsqueeze(1))
+    weights = every.squeeze(1).index_select(0, nonzero.cell)
+    return nonzero.put(total, torch.sigmoid(at_counts) * weights)
 
 
 def _means(outputs: Sequence[Tensor], library: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,18 +284,10 @@ def _means(outputs: Sequence[Tensor], library: Tensor) -> tuple[Tensor, Tensor]:
     return scale, scale * torch.exp(library)
 
 
-def _through_means(slope: Tensor, scale: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the derivatives by the outputs, in ``out``, and by the log library, from log(mu)."""
+def _through_means(slope: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the derivatives by the outputs, in place of those by log(mu), and by the library."""
     total = slope.sum(-1, keepdim=True)
-    return torch.addcmul(slope, scale, total, value=-1, out=out), total.sum(0)
-
-
-def _gradients(
-    ctx: FunctionCtx, theta: Tensor | None, outputs: Tensor | None, library: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients in the order of the arguments of the losses."""
-    n_outputs = len(ctx.needs_input_grad) - 3
-    return theta, library, None, *([None] * n_outputs if outputs is None else outputs)
+    return slope.addcmul_(scale, total, value=-1), total.sum(0)
 
 
 def _log_1u(mu: Tensor, theta: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

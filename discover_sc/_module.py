@@ -18,6 +18,7 @@ from ._keys import (
     CONDITION_FEATURES_KEY,
     CONDITION_KEY,
     DOSE_KEY,
+    INFLATION_KEY,
     LIBRARY_KEY,
     OUTPUTS_KEY,
     PW_KEY,
@@ -157,13 +158,16 @@ class DiscoverVAE(BaseModuleClass):
         self.uses_batch = n_batch > 1
         self._used_covariates = [k for k, n in enumerate(n_cats_per_cov) if n > 1]
         self.has_covariates = bool(n_cats) or n_continuous_cov > 0
-        n_output = 2 * n_input if gene_likelihood == "zinb" else n_input
+        self._inflates = gene_likelihood == "zinb"
         covariates = (n_cats, n_continuous_cov)
-        for name, n in (("decoder", n_latent + n_latent_specific), ("shared_decoder", n_latent)):
+        for name, n, inflates in (
+            ("decoder", n_latent + n_latent_specific, False),
+            ("shared_decoder", n_latent, self._inflates),
+        ):
             network = (
-                LinearDecoder(n, n_output, *covariates)
+                LinearDecoder(n, n_input, *covariates, inflates)
                 if decoder == "linear"
-                else Decoder(n, n_output, n_hidden, n_layers, *covariates)
+                else Decoder(n, n_input, n_hidden, n_layers, *covariates, inflates)
             )
             self.add_module(name, network)
         n_dispersions = n_batch if dispersion == "gene-batch" else 1
@@ -283,6 +287,9 @@ class DiscoverVAE(BaseModuleClass):
     ) -> dict[str, Tensor | tuple[Tensor, Tensor] | torch.distributions.Distribution]:
         """Return what is decoded from z and w and from z alone, and the prior mean of w.
 
+        Zero inflation is decoded from z alone, for both: it is taken to be of the assay, the same
+        under every condition.
+
         ``likelihoods=False`` leaves out the distributions that the decoders' outputs stand for:
         the loss reads the outputs.
         """
@@ -293,14 +300,20 @@ class DiscoverVAE(BaseModuleClass):
         shared_output = self.shared_decoder.read_out(shared_hidden, *covariates)
         outputs = {
             OUTPUTS_KEY: (output, shared_output),
+            INFLATION_KEY: self._inflation(shared_hidden, *covariates),
             SHARED_HIDDEN_KEY: shared_hidden,
             PW_KEY: self.prior(z, condition_features),
             THETA_KEY: theta,
         }
         if likelihoods:
-            outputs[PX_KEY] = self.likelihood(output, library, theta)
-            outputs[PX_SHARED_KEY] = self.likelihood(shared_output, library, theta)
+            told = (library, theta, outputs[INFLATION_KEY])
+            outputs[PX_KEY] = self.likelihood(output, *told)
+            outputs[PX_SHARED_KEY] = self.likelihood(shared_output, *told)
         return outputs
+
+    def _inflation(self, shared_hidden: Tensor, *covariates: Tensor | None) -> Tensor | None:
+        """Return the logits of zero inflation, ``(n_cells, n_genes)``; None where there is none."""
+        return self.shared_decoder.inflation(shared_hidden, *covariates) if self._inflates else None
 
     @auto_move_data
     def decode(
@@ -309,7 +322,10 @@ class DiscoverVAE(BaseModuleClass):
         """Return the likelihood of given latents under the covariates of a minibatch."""
         batch_index, *covariates = self.covariates(tensors)
         output = self.decoder(torch.cat([z, w], dim=-1), *covariates)
-        return self.likelihood(output, library, self.theta(batch_index))
+        zi_logits = None
+        if self._inflates:
+            zi_logits = self._inflation(self.shared_decoder.hidden(z, *covariates), *covariates)
+        return self.likelihood(output, library, self.theta(batch_index), zi_logits)
 
     def theta(self, batch_index: Tensor) -> Tensor:
         """Return the inverse dispersion, positive, ``(1 or n_cells, n_genes)``."""
@@ -317,10 +333,10 @@ class DiscoverVAE(BaseModuleClass):
         return theta[batch_index.squeeze(-1)] if self.dispersion == "gene-batch" else theta
 
     def likelihood(
-        self, output: Tensor, library: Tensor, theta: Tensor
+        self, output: Tensor, library: Tensor, theta: Tensor, zi_logits: Tensor | None = None
     ) -> torch.distributions.Distribution:
         """Return the likelihood of decoder output (:func:`~discover_sc._decoded.likelihood_of`)."""
-        return likelihood_of(self.gene_likelihood, output, library, theta)
+        return likelihood_of(self.gene_likelihood, output, library, theta, zi_logits)
 
     # ------------------------------------------------------------------ objective
 
@@ -339,6 +355,7 @@ class DiscoverVAE(BaseModuleClass):
             generative_outputs[OUTPUTS_KEY],
             inference_outputs[LIBRARY_KEY],
             generative_outputs[THETA_KEY],
+            generative_outputs[INFLATION_KEY],
         )
         kl_z = kl_to_standard_normal(inference_outputs[QZ_KEY])
         kl_w = kl_to_unit_normal(inference_outputs[QW_KEY], generative_outputs[PW_KEY])
@@ -379,15 +396,17 @@ class DiscoverVAE(BaseModuleClass):
         condition would tell it.
         """
         hidden, output = generative_outputs[SHARED_HIDDEN_KEY], generative_outputs[OUTPUTS_KEY][1]
+        zi_logits = generative_outputs[INFLATION_KEY]
         reads_reconstruction = "reconstruction" in self._read_by_adversary
         if self.has_covariates and self._read_by_adversary != ("z",):
             covariates = self._permuted_covariates(tensors)
             hidden = self.shared_decoder.hidden(inference_outputs[Z_KEY], *covariates)
             if reads_reconstruction:
                 output = self.shared_decoder.read_out(hidden, *covariates)
+                zi_logits = self._inflation(hidden, *covariates)
         parts = {"z": inference_outputs[QZ_KEY].loc, "hidden": hidden}
         if reads_reconstruction:
-            parts["reconstruction"] = self._as_read(output)
+            parts["reconstruction"] = self._as_read(output, zi_logits)
         return torch.cat([parts[name] for name in self._read_by_adversary], dim=1)
 
     def _permuted_covariates(self, tensors: dict[str, Tensor]) -> list[Tensor | None]:
@@ -396,13 +415,12 @@ class DiscoverVAE(BaseModuleClass):
         order = torch.randperm(len(batch_index), device=batch_index.device)
         return [c if c is None else c[order] for c in covariates]
 
-    def _as_read(self, output: Tensor) -> Tensor:
+    def _as_read(self, output: Tensor, zi_logits: Tensor | None) -> Tensor:
         if self.gene_likelihood == "normal":
             return output
-        logits, *zi_logits = output.split(self.n_input, dim=-1)
-        scale = torch.softmax(logits, dim=-1)
-        if zi_logits:  # the inflation must not be a way past the adversary
-            scale = scale * torch.sigmoid(-zi_logits[0])
+        scale = torch.softmax(output, dim=-1)
+        if zi_logits is not None:  # the inflation must not be a way past the adversary
+            scale = scale * torch.sigmoid(-zi_logits)
         return torch.log1p(self.n_input * scale)
 
     def _labels(self, tensors: dict[str, Tensor]) -> Tensor:

@@ -136,7 +136,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents and covariates to gene-wise outputs, through hidden layers.
 
-    ``forward`` is ``read_out`` of ``hidden``, the last hidden layer, ``(n_cells, n_hidden)``.
+    ``forward`` is ``read_out`` of ``hidden``, the last hidden layer, ``(n_cells, n_hidden)``; with
+    ``inflates``, ``inflation`` reads logits of zero inflation out of the same layer.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Decoder(nn.Module):
         n_layers: int,
         n_cats_per_key: Sequence[int],
         n_continuous: int,
+        inflates: bool = False,
     ) -> None:
         super().__init__()
         covariates = None
@@ -154,11 +156,16 @@ class Decoder(nn.Module):
             covariates = Covariates(n_cats_per_key, n_continuous, n_hidden)
         self.hidden = HiddenLayers(n_latent, n_hidden, n_layers, 0.0, covariates)
         self.output = nn.Linear(n_hidden, n_output)
+        self.zi_logits = nn.Linear(n_hidden, n_output) if inflates else None
         self.n_hidden = n_hidden
 
     def read_out(self, hidden: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
         """Return outputs of shape ``(n_cells, n_output)``; the covariates are in ``hidden``."""
         return self.output(hidden)
+
+    def inflation(self, hidden: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
+        """Return logits of zero inflation, ``(n_cells, n_output)``, as ``read_out`` does."""
+        return self.zi_logits(hidden)
 
     def forward(self, latent: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
         """Return outputs of shape ``(n_cells, n_output)``."""
@@ -178,8 +185,11 @@ class LinearDecoder(nn.Module):
         n_output: int,
         n_cats_per_key: Sequence[int],
         n_continuous: int,
+        inflates: bool = False,
     ) -> None:
         super().__init__()
+        sizes = (n_latent, n_output, n_cats_per_key, n_continuous)
+        self.zi_logits = LinearDecoder(*sizes) if inflates else None
         self.loadings = nn.Linear(n_latent, n_output)
         self.covariates = Covariates(n_cats_per_key, n_continuous, n_output)
         self.n_hidden = n_latent
@@ -191,6 +201,10 @@ class LinearDecoder(nn.Module):
     def read_out(self, hidden: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
         """Return outputs of shape ``(n_cells, n_output)``."""
         return self.loadings(hidden) + self.covariates(categories, continuous)
+
+    def inflation(self, hidden: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
+        """Return logits of zero inflation, ``(n_cells, n_output)``, as ``read_out`` does."""
+        return self.zi_logits(hidden, categories, continuous)
 
     def forward(self, latent: Tensor, categories: Tensor, continuous: Tensor | None) -> Tensor:
         """Return outputs of shape ``(n_cells, n_output)``."""

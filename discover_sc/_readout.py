@@ -109,7 +109,7 @@ class ReadoutMixin:
                 "decoder is 'nonlinear' and has no loadings; they exist for decoder='linear'. "
                 "Train a model with DISCoVeR(adata, decoder='linear')."
             )
-        weight = self.module.decoder.loadings.weight[: self.summary_stats.n_vars]
+        weight = self.module.decoder.loadings.weight
         n_z = self.module.n_latent
         columns = [f"z_{k}" if k < n_z else f"w_{k - n_z}" for k in range(weight.shape[1])]
         return pd.DataFrame(weight.detach().cpu().numpy(), self.adata.var_names, columns)

@@ -23,13 +23,9 @@ def make_likelihood(kind, mu, theta, zi_logits):
     return Normal(mu, torch.rsqrt(theta).expand_as(mu), normal_mu=mu)
 
 
-def decoder_output(kind, mu, zi_logits):
+def decoder_output(kind, mu):
     """Return the output and the log library that stand for these means."""
-    library = mu.sum(-1, keepdim=True).log()
-    if kind == "normal":
-        return mu, library
-    logits = mu.log()
-    return torch.cat([logits, zi_logits], -1) if kind == "zinb" else logits, library
+    return mu if kind == "normal" else mu.log(), mu.sum(-1, keepdim=True).log()
 
 
 def draw_case(library, theta, n_theta=1):
@@ -44,8 +40,8 @@ def draw_case(library, theta, n_theta=1):
 
 
 def own_loss(kind, x, mu, theta, zi_logits):
-    output, library = decoder_output(kind, mu, zi_logits)
-    return reconstruction_losses(x, kind, [output], library, theta)[0]
+    output, library = decoder_output(kind, mu)
+    return reconstruction_losses(x, kind, [output], library, theta, zi_logits)[0]
 
 
 def scvi_loss(kind, x, *parameters):
@@ -82,12 +78,13 @@ def test_reconstruction_loss_and_its_gradients_are_those_of_scvi(kind, library, 
 def test_reconstruction_loss_in_single_precision_is_that_of_scvi_in_double(kind, library, theta):
     """Its terms cancel, x log(mu) against (x + theta) log(theta + mu): digits are easily lost."""
     x, mu, theta, zi_logits = (tensor.float() for tensor in draw_case(library, theta))
-    leaves = [theta, *decoder_output(kind, mu, zi_logits)]
+    leaves = [theta, *decoder_output(kind, mu), zi_logits]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    (loss,) = reconstruction_losses(x, kind, leaves[1:2], leaves[2], leaves[0])
+    theta, output, library, zi_logits = leaves
+    (loss,) = reconstruction_losses(x, kind, [output], library, theta, zi_logits)
     gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
     # the means that both see are those that single precision gives
-    px = likelihood_of(kind, leaves[1], leaves[2], theta)
+    px = likelihood_of(kind, output, library, theta, zi_logits)
     mu, scale = (
         (px.rate if kind == "poisson" else px.mu).detach().double(),
         px.scale.detach().double(),
@@ -96,8 +93,7 @@ def test_reconstruction_loss_in_single_precision_is_that_of_scvi_in_double(kind,
         kind, [t.detach().double() for t in (x, mu, theta, zi_logits)], scvi_loss
     )
     slope = mu * exact_gradients[0]
-    through_softmax = slope - scale * slope.sum(-1, keepdim=True)
-    to_output = torch.cat([through_softmax, *exact_gradients[2:]], dim=-1)
+    to_output = slope - scale * slope.sum(-1, keepdim=True)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0.0)
     # the gradient to theta sums log(1 + u) - u / (1 + u), equal to first order in u = mu / theta
     u = mu / theta.detach().double()
@@ -105,7 +101,9 @@ def test_reconstruction_loss_in_single_precision_is_that_of_scvi_in_double(kind,
     expected = {"output": to_output, "library": slope.sum(-1, keepdim=True)}
     if kind != "poisson":
         expected["theta"] = exact_gradients[1]
-    found = dict(zip(("theta", "output", "library"), gradients, strict=True))
+    if kind == "zinb":
+        expected["zi_logits"] = exact_gradients[2]
+    found = dict(zip(("theta", "output", "library", "zi_logits"), gradients, strict=True))
     for name, gradient in expected.items():
         atol = 1e-5 * float(gradient.detach().abs().max()) + (rounding if name == "theta" else 0.0)
         torch.testing.assert_close(found[name].double(), gradient, rtol=1e-5, atol=atol)
@@ -117,11 +115,12 @@ def test_reconstruction_loss_is_finite_where_the_mean_vanishes_or_is_immense(kin
     mu = torch.tensor([[0.0, 0.0, 0.0, 1e30, 1e30, 1e6]])
     zi_logits = torch.tensor([[-200.0, 80.0, 0.0, -200.0, -80.0, 0.0]])
     for theta in (1e-30, 1e-4, 1e4, 1e30):
-        leaves = [torch.full((1, 6), theta), *decoder_output(kind, mu, zi_logits)]
-        theta, output, library = (leaf.requires_grad_() for leaf in leaves)
-        (loss,) = reconstruction_losses(x, kind, [output], library, theta)
+        leaves = [torch.full((1, 6), theta), *decoder_output(kind, mu), zi_logits.clone()]
+        theta, output, library, inflation = (leaf.requires_grad_() for leaf in leaves)
+        (loss,) = reconstruction_losses(x, kind, [output], library, theta, inflation)
         assert torch.isfinite(loss).all()
-        for gradient in torch.autograd.grad(loss.sum(), [theta, output, library]):
+        read = leaves if kind == "zinb" else leaves[:3]
+        for gradient in torch.autograd.grad(loss.sum(), read):
             assert torch.isfinite(gradient).all(), theta
 
 
@@ -181,13 +180,27 @@ def test_reconstruction_loss_is_that_of_scipy(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_reconstruction_losses_of_two_likelihoods_are_those_of_each_alone(kind):
     x, mu, theta, zi_logits = draw_case(1e3, 2.0)
-    full, library = decoder_output(kind, mu, zi_logits)
-    shared, _ = decoder_output(kind, mu.flip(1), -zi_logits)
-    both = reconstruction_losses(x, kind, [full, shared], library, theta)
-    for loss, output in zip(both, (full, shared), strict=True):
-        (alone,) = reconstruction_losses(x, kind, [output], library, theta)
+    full, library = decoder_output(kind, mu)
+    shared, _ = decoder_output(kind, mu.flip(1))
+    theta.requires_grad_(), zi_logits.requires_grad_()
+    told = (library, theta, zi_logits)
+    weights = torch.linspace(0.1, 2.0, 2 * N_CELLS, dtype=torch.float64).view(2, N_CELLS)
+
+    def gradients(loss):
+        if not loss.requires_grad:  # Poisson's shares neither
+            return None, None
+        return torch.autograd.grad(loss, (theta, zi_logits), allow_unused=True)
+
+    both = reconstruction_losses(x, kind, [full, shared], *told)
+    sums = gradients((weights * both).sum())
+    for loss, output, weight in zip(both, (full, shared), weights, strict=True):
+        (alone,) = reconstruction_losses(x, kind, [output], *told)
         torch.testing.assert_close(loss, alone)
+        own = gradients((weight * alone).sum())
+        sums = [s if s is None else s - g for s, g in zip(sums, own, strict=True)]
     assert not torch.allclose(*both)
+    for left in sums:  # each output's share of the gradients was taken off
+        assert left is None or left.abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["nb", "zinb"])

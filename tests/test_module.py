@@ -78,7 +78,7 @@ def test_outputs_stand_for_the_likelihoods_that_may_be_left_out(gene_likelihood)
     assert set(full) - set(bare) == {"px", "px_shared"}
     x, loss = tensors["X"], losses.reconstruction_loss["reconstruction_loss"]
     for output, name in zip(bare["outputs"], ("px", "px_shared"), strict=True):
-        px = module.likelihood(output, inference["library"], bare["theta"])
+        px = module.likelihood(output, inference["library"], bare["theta"], bare["zi_logits"])
         torch.testing.assert_close(px.mean, full[name].mean)
     torch.testing.assert_close(-full["px"].log_prob(x).sum(-1), loss, rtol=1e-4, atol=1e-4)
 
@@ -149,10 +149,33 @@ def test_zero_inflation_is_part_of_what_the_adversary_reads():
     read = module.representation(tensors, inference, generative)
     expected = px.mean / inference["library"].exp()  # scvi-tools' mean, inflation included
     torch.testing.assert_close(read, torch.log1p(N_GENES * expected))
-    output, shared_output = generative["outputs"]
-    shared_output[:, N_GENES:] += 1.0
+    generative["zi_logits"] += 1.0
     other = module.representation(tensors, inference, generative)
     assert (other < read).all()
+
+
+@pytest.mark.parametrize("decoder", ["nonlinear", "linear"])
+def test_zero_inflation_is_decoded_from_z_alone_for_both_reconstructions(decoder):
+    module, tensors = make_module(gene_likelihood="zinb", decoder=decoder).eval(), make_tensors()
+    inference, generative, _ = module(tensors)
+    zi_logits = generative["px"].zi_logits
+    assert torch.equal(zi_logits, generative["px_shared"].zi_logits)
+    assert zi_logits.std() > 0
+    other = {**module._get_generative_input(tensors, inference), "w": inference["w"] + 5.0}
+    torch.testing.assert_close(module.generative(**other)["px"].zi_logits, zi_logits)
+    decoded = module.decode(*(inference[k] for k in ("z", "w", "library")), tensors)
+    torch.testing.assert_close(decoded.zi_logits, zi_logits)
+    torch.testing.assert_close(decoded.mu, generative["px"].mu)
+
+
+@pytest.mark.parametrize("decoder", ["nonlinear", "linear"])
+def test_zero_inflation_may_depend_on_the_batch(decoder):
+    module = make_module(gene_likelihood="zinb", decoder=decoder, n_batch=2).eval()
+    tensors = make_tensors()
+    inference, _, _ = module(tensors)
+    latents = (torch.zeros_like(inference[k]) for k in ("z", "w", "library"))
+    zi_logits = module.decode(*latents, tensors).zi_logits
+    assert len(torch.unique(zi_logits.round(decimals=5), dim=0)) == 2
 
 
 @pytest.mark.parametrize("reads", ["hidden", "reconstruction"])

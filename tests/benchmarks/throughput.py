@@ -27,7 +27,7 @@ from measuring import in_own_process, peak_megabytes
 from scvi import REGISTRY_KEYS
 
 from discover_sc import DISCoVeR
-from discover_sc._keys import LIBRARY_KEY, OUTPUTS_KEY, THETA_KEY
+from discover_sc._keys import INFLATION_KEY, LIBRARY_KEY, OUTPUTS_KEY, THETA_KEY
 from discover_sc._likelihoods import reconstruction_losses
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
@@ -187,7 +187,8 @@ def _decoders(module, batch, inference_outputs):
     inputs = {k: v.detach().requires_grad_() if k in ("z", "w") else v for k, v in inputs.items()}
 
     def run():
-        outputs = module.generative(**inputs, likelihoods=False)[OUTPUTS_KEY]
+        generative = module.generative(**inputs, likelihoods=False)
+        outputs = _decoded(generative)
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
 
     return run
@@ -196,10 +197,16 @@ def _decoders(module, batch, inference_outputs):
 def _likelihood(module, batch, inference_outputs, outputs):
     x, library = batch[REGISTRY_KEYS.X_KEY], inference_outputs[LIBRARY_KEY]
     theta, *decoded = (
-        tensor.detach().requires_grad_() for tensor in (outputs[THETA_KEY], *outputs[OUTPUTS_KEY])
+        tensor.detach().requires_grad_() for tensor in (outputs[THETA_KEY], *_decoded(outputs))
     )
-    arguments = (x, module.gene_likelihood, decoded, library, theta)
+    arguments = (x, module.gene_likelihood, decoded[:2], library, theta, *decoded[2:])
     return lambda: _sum_backward(reconstruction_losses(*arguments))
+
+
+def _decoded(outputs):
+    """Return both decoders' outputs, and the logits of zero inflation if there are any."""
+    inflation = outputs[INFLATION_KEY]
+    return [*outputs[OUTPUTS_KEY], *([] if inflation is None else [inflation])]
 
 
 def _adversary(plan, optimizer, read, batch):
@@ -212,13 +219,13 @@ def _matrix_products(module, options):
     x = torch.rand(options.batch_size, options.n_genes)
     hidden = torch.rand(options.batch_size, 128)
     weight = torch.rand(128, options.n_genes)
-    n_outputs = 2 if module.gene_likelihood == "zinb" else 1
+    n_outputs = 3 if module.gene_likelihood == "zinb" else 2
 
     def run():
         for _ in range(2):  # encoders: forward, and backward to the weights
             _ = x @ weight.T
             _ = hidden.T @ x
-        for _ in range(2 * n_outputs):  # decoders: forward, backward to weights and inputs
+        for _ in range(n_outputs):  # decoders: forward, backward to weights and inputs
             _ = hidden @ weight
             _ = hidden.T @ x
             _ = x @ weight.T
