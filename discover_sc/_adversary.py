@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ._losses import adversarial_loss, adversarial_slope, cross_entropy_slope
 from ._networks import Covariates
 
 if TYPE_CHECKING:
@@ -58,8 +59,14 @@ class Adversary(nn.Module):
         logits = self.heads(F.leaky_relu(hidden, _NEGATIVE_SLOPE))
         return list(logits.split(self.n_levels, dim=1))
 
-    def loss(self, representation: Tensor, labels: Tensor, condition_index: Tensor) -> Tensor:
-        """Return the cross-entropy, a mean over cells, summed over the keys, 0-d, in nats.
+    def play(
+        self,
+        representation: Tensor,
+        labels: Tensor,
+        condition_index: Tensor,
+        targets: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return what either player minimises, and the log predictions of each condition key.
 
         Parameters
         ----------
@@ -67,20 +74,34 @@ class Adversary(nn.Module):
             As for :meth:`forward`.
         condition_index
             Codes of the true conditions, ``int64`` of shape ``(n_cells, n_keys)``.
+        targets
+            Per condition key what is known without the representation,
+            ``(1 or n_cells, n_levels)``.
+
+        Returns
+        -------
+        The model's loss (:func:`~discover_sc._losses.adversarial_loss`) and the classifier's, its
+        cross-entropy: means over cells, summed over the keys, 0-d, in nats. Then the logarithms
+        of the predictions, ``(n_cells, n_levels)`` each.
 
         Notes
         -----
-        Its gradient reaches the adversary and not the representation.
+        The gradient of the first reaches the representation and not the classifier, that of the
+        second the classifier and not the representation. So one backward pass through their sum
+        serves both players.
         """
         with torch.autocast(condition_index.device.type, enabled=False):
             shift = self.labels(labels, None) if self.told_labels else None
             parameters = (*self.first.parameters(), *self.heads.parameters())
             x = representation.to(self.first.weight.dtype)
-            return _CrossEntropy.apply(x, condition_index, self.n_levels, shift, *parameters)
+            model_loss, cross_entropy, log_prediction = _Game.apply(
+                x, condition_index, self.n_levels, targets, shift, *parameters
+            )
+        return model_loss, cross_entropy, list(log_prediction.split(self.n_levels, dim=1))
 
 
-class _CrossEntropy(Function):
-    """Cross-entropy of the classifier: many small steps that autograd would track one by one."""
+class _Game(Function):
+    """Both losses of the game: many small steps that autograd would track one by one, twice."""
 
     @staticmethod
     def forward(
@@ -88,35 +109,50 @@ class _CrossEntropy(Function):
         x: Tensor,
         condition_index: Tensor,
         n_levels: list[int],
+        targets: Sequence[Tensor],
         shift: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         head: Tensor,
         head_bias: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         hidden = F.linear(x, weight, bias)
         if shift is not None:
             hidden += shift
         F.leaky_relu_(hidden, _NEGATIVE_SLOPE)
-        loss, residuals = 0.0, []  # prediction minus truth, (n_cells, n_levels) per key
-        for key, logits in enumerate(F.linear(hidden, head, head_bias).split(n_levels, dim=1)):
-            truth = condition_index[:, key : key + 1]
-            log_prediction = F.log_softmax(logits, dim=-1)
-            loss = loss - log_prediction.gather(1, truth).mean()
-            residual = log_prediction.exp_()
-            residuals.append(residual.scatter_add_(1, truth, -torch.ones_like(residual[:, :1])))
-        ctx.save_for_backward(x, hidden, torch.cat(residuals, dim=1), head)
-        return loss
+        model_loss, cross_entropy, log_predictions, slopes = 0.0, 0.0, [], []
+        logits = F.linear(hidden, head, head_bias).split(n_levels, dim=1)
+        for key, (own, target) in enumerate(zip(logits, targets, strict=True)):
+            truth, log_prediction = condition_index[:, key], F.log_softmax(own, dim=-1)
+            model_loss = model_loss + adversarial_loss(log_prediction, target, truth).mean()
+            cross_entropy = cross_entropy + F.nll_loss(log_prediction, truth)
+            log_predictions.append(log_prediction)
+            slopes.append(
+                torch.stack(
+                    [
+                        adversarial_slope(log_prediction, target, truth),
+                        cross_entropy_slope(log_prediction, truth),
+                    ]
+                )
+            )
+        log_prediction = torch.cat(log_predictions, dim=1)
+        ctx.mark_non_differentiable(log_prediction)
+        ctx.save_for_backward(x, hidden, torch.cat(slopes, dim=2), weight, head)
+        return model_loss, cross_entropy, log_prediction
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, residual, head = ctx.saved_tensors
-        residual = residual * (grad / len(x))
-        slope = torch.where(hidden > 0, 1.0, _NEGATIVE_SLOPE)
+    def backward(
+        ctx: FunctionCtx, model_grad: Tensor, cross_entropy_grad: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, hidden, slopes, weight, head = ctx.saved_tensors
+        grads = torch.stack([model_grad, cross_entropy_grad]) / len(x)
         with torch.autocast(x.device.type, enabled=False):
-            hidden_grad = (residual @ head) * slope
-            first_grads = hidden_grad.t() @ x, hidden_grad.sum(0)
-            head_grads = residual.t() @ hidden, residual.sum(0)
-        shift_grad = hidden_grad if ctx.needs_input_grad[3] else None
-        return None, None, None, shift_grad, *first_grads, *head_grads
+            slopes = slopes * grads.view(2, 1, 1)
+            to_hidden = (slopes @ head) * torch.where(hidden > 0, 1.0, _NEGATIVE_SLOPE)
+            of_model, of_classifier = to_hidden
+            x_grad = of_model @ weight if ctx.needs_input_grad[0] else None
+            first_grads = of_classifier.t() @ x, of_classifier.sum(0)
+            head_grads = slopes[1].t() @ hidden, slopes[1].sum(0)
+        shift_grad = of_classifier if ctx.needs_input_grad[4] else None
+        return x_grad, None, None, None, shift_grad, *first_grads, *head_grads

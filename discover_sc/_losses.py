@@ -109,4 +109,46 @@ def adversarial_loss(log_prediction: Tensor, target: Tensor, condition_index: Te
     """
     divergence = (torch.xlogy(target, target) - target * log_prediction).sum(-1)
     own = log_prediction.gather(-1, condition_index.unsqueeze(-1)).squeeze(-1)
-    return divergence + min(log_prediction.shape[-1] / _N_LEVELS_OF_FULL_WEIGHT, 1.0) * own
+    return divergence + _weight_of_own(log_prediction) * own
+
+
+def _weight_of_own(log_prediction: Tensor) -> float:
+    return min(log_prediction.shape[-1] / _N_LEVELS_OF_FULL_WEIGHT, 1.0)
+
+
+def adversarial_slope(log_prediction: Tensor, target: Tensor, condition_index: Tensor) -> Tensor:
+    r"""Derivative of each cell's :func:`adversarial_loss` by the adversary's logits.
+
+    .. math:: g - p - \lambda_K (g - e_y)
+
+    with :math:`e_y` 1 at the cell's own condition and 0 elsewhere.
+
+    Parameters
+    ----------
+    log_prediction, target, condition_index
+        As for :func:`adversarial_loss`.
+
+    Returns
+    -------
+    Derivatives of shape ``(n_cells, n_conditions)``.
+    """
+    to_own = cross_entropy_slope(log_prediction, condition_index)
+    return log_prediction.exp() - target - _weight_of_own(log_prediction) * to_own
+
+
+def cross_entropy_slope(log_prediction: Tensor, condition_index: Tensor) -> Tensor:
+    r"""Derivative of each cell's cross-entropy by the adversary's logits.
+
+    .. math:: g - e_y
+
+    Parameters
+    ----------
+    log_prediction, condition_index
+        As for :func:`adversarial_loss`.
+
+    Returns
+    -------
+    Derivatives of shape ``(n_cells, n_conditions)``.
+    """
+    slope, truth = log_prediction.exp(), condition_index.unsqueeze(-1)
+    return slope.scatter_add_(-1, truth, -torch.ones_like(slope[:, :1]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from scvi import REGISTRY_KEYS
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import nn
@@ -32,12 +31,7 @@ from ._keys import (
     Z_KEY,
 )
 from ._likelihoods import reconstruction_losses
-from ._losses import (
-    adversarial_loss,
-    adversary_entropy,
-    kl_to_standard_normal,
-    kl_to_unit_normal,
-)
+from ._losses import adversary_entropy, kl_to_standard_normal, kl_to_unit_normal
 from ._networks import Decoder, Encoder, LinearDecoder
 from ._priors import ClassMeanPrior, LearnedPrior
 
@@ -434,38 +428,33 @@ class DiscoverVAE(BaseModuleClass):
             return [target[labels] for target in targets]
         return targets
 
-    def adversary_loss(self, representation: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        """Return the cross-entropy that the adversary minimises, summed over the keys."""
-        condition_index = tensors[CONDITION_KEY].long()
-        return self.adversary.loss(representation, self._labels(tensors), condition_index)
-
     def game(
         self, representation: Tensor, tensors: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the adversarial loss of the model, and how well the adversary does.
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the losses of both players, and how well the adversary does.
 
         Returns
         -------
-        The loss, 0-d, in nats, summed over keys; and ``adversary_cross_entropy``,
-        ``adversary_accuracy`` and ``adversary_entropy``, 0-d, averaged over them.
+        The adversarial loss of the model, whose gradient leaves the adversary alone; the
+        cross-entropy that the adversary minimises, whose gradient reaches nothing else: 0-d, in
+        nats, summed over keys. And ``adversary_cross_entropy``, ``adversary_accuracy`` and
+        ``adversary_entropy``, 0-d, averaged over the keys.
         """
         condition_index = tensors[CONDITION_KEY].long()
-        per_key = self.adversary(representation, self._labels(tensors))
-        losses, cross_entropy, accuracy, entropy = [], [], [], []
-        for key, (logits, target) in enumerate(zip(per_key, self._targets(tensors), strict=True)):
-            truth = condition_index[:, key]
-            log_prediction = F.log_softmax(logits, dim=-1)
-            losses.append(adversarial_loss(log_prediction, target, truth).mean())
-            with torch.no_grad():
-                cross_entropy.append(F.nll_loss(log_prediction, truth))
-                accuracy.append((logits.argmax(-1) == truth).float().mean())
-                entropy.append(adversary_entropy(log_prediction).mean())
+        adversarial_loss, cross_entropy, predictions = self.adversary.play(
+            representation, self._labels(tensors), condition_index, self._targets(tensors)
+        )
+        accuracy, entropy = [], []
+        for key, log_prediction in enumerate(predictions):
+            right = log_prediction.argmax(-1) == condition_index[:, key]
+            accuracy.append(right.float().mean())
+            entropy.append(adversary_entropy(log_prediction).mean())
         metrics = {
-            "adversary_cross_entropy": _mean(cross_entropy),
+            "adversary_cross_entropy": cross_entropy.detach() / len(predictions),
             "adversary_accuracy": _mean(accuracy),
             "adversary_entropy": _mean(entropy),
         }
-        return sum(losses[1:], losses[0]), metrics
+        return adversarial_loss, cross_entropy, metrics
 
     def chance(self) -> dict[str, float]:
         """Return what the adversary reaches without reading anything, averaged over the keys.

@@ -69,10 +69,9 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             Further arguments of :class:`scvi.dataloaders.DataSplitter`.
         plan_kwargs
             Arguments of the training plan: ``lr``, ``adversary_lr``, ``weight_decay``, ``eps``,
-            ``n_adversary_steps``, ``averaging_decay``, ``gradient_clip_val``,
-            ``n_epochs_kl_warmup``, ``n_steps_kl_warmup``, ``min_kl_weight``, ``max_kl_weight``,
-            ``reduce_lr_on_plateau``, ``lr_factor``, ``lr_patience``, ``lr_threshold``,
-            ``lr_scheduler_metric``, ``lr_min``.
+            ``averaging_decay``, ``gradient_clip_val``, ``n_epochs_kl_warmup``,
+            ``n_steps_kl_warmup``, ``min_kl_weight``, ``max_kl_weight``, ``reduce_lr_on_plateau``,
+            ``lr_factor``, ``lr_patience``, ``lr_threshold``, ``lr_scheduler_metric``, ``lr_min``.
         **trainer_kwargs
             Arguments of :class:`scvi.train.Trainer`; ``gradient_clip_val`` goes to the plan.
 

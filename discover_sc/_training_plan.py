@@ -6,18 +6,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from scvi import REGISTRY_KEYS
 from scvi.train import TrainingPlan
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ._epoch_terms import EpochTerms
-from ._keys import CONDITION_KEY
 from ._optimizer import AdamW
 from ._running_average import RunningAverage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from lightning.pytorch.core.optimizer import LightningOptimizer
     from scvi.module.base import LossOutput
     from torch import Tensor
 
@@ -28,7 +27,7 @@ _N_STEPS_UNWATCHED = 50  # between looks at whether all is finite: each look wai
 
 
 class DiscoverTrainingPlan(TrainingPlan):
-    """Step the adversary on what it reads, then everything else against it.
+    """Step the adversary on what it reads, and everything else against it, at once.
 
     Parameters
     ----------
@@ -40,8 +39,6 @@ class DiscoverTrainingPlan(TrainingPlan):
         Weight decay of both optimisers; the dispersion is left out of it.
     eps
         Term added to AdamW's denominator.
-    n_adversary_steps
-        Steps of the adversary per step of the model, each on its own part of the minibatch.
     averaging_decay
         Decay per step, in [0, 1), of the exponential average of all parameters that validation
         judges and that training ends with; 0: the last parameters.
@@ -76,7 +73,6 @@ class DiscoverTrainingPlan(TrainingPlan):
         adversary_lr: float = 1e-3,
         weight_decay: float = 0.1,
         eps: float = 1e-8,
-        n_adversary_steps: int = 1,
         averaging_decay: float = 0.99,
         gradient_clip_val: float | None = None,
         n_epochs_kl_warmup: int | None = None,
@@ -92,11 +88,6 @@ class DiscoverTrainingPlan(TrainingPlan):
         ] = "reconstruction_loss_validation",
         lr_min: float = 0.0,
     ) -> None:
-        if n_adversary_steps < 1:
-            raise ValueError(
-                f"n_adversary_steps is {n_adversary_steps}; it must be at least 1. "
-                "To train without an adversary, set adversarial_weight=0 in the model."
-            )
         if not 0 <= averaging_decay < 1:
             raise ValueError(
                 f"averaging_decay is {averaging_decay}; it must be at least 0 and below 1. Choose "
@@ -121,7 +112,6 @@ class DiscoverTrainingPlan(TrainingPlan):
         )
         self.automatic_optimization = False
         self.adversary_lr = adversary_lr
-        self.n_adversary_steps = n_adversary_steps
         self.gradient_clip_val = gradient_clip_val
         self._average = RunningAverage(module, averaging_decay)
         self._epoch = {"train": EpochTerms(), "validation": EpochTerms()}
@@ -159,66 +149,46 @@ class DiscoverTrainingPlan(TrainingPlan):
     # ----------------------------------------------------------------------- steps
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Step the adversary on what it reads, detached, then the model against it."""
-        model_optimizer, adversary_optimizer = self.optimizers()
-        representation, losses = self._forward(batch)
+        """Step the model and the adversary against each other, on one forward pass."""
+        optimizers = self.optimizers()
+        losses, loss, cross_entropy, metrics = self._play(batch)
         if self.module.adversarial_weight > 0:
-            self._step_adversary(adversary_optimizer.optimizer, representation, batch)
-        adversarial_loss, metrics = self._game(representation, batch)
-        loss = losses.loss + self.module.adversarial_weight * adversarial_loss
-        self._step_model(model_optimizer, loss)
+            self._step(optimizers, loss + cross_entropy)  # see Adversary.play
+        else:
+            self._step(optimizers[:1], loss)
         self._average.update()
         self._epoch["train"].add(self._terms(loss, losses, metrics), losses.n_obs_minibatch)
         if batch_idx % _N_STEPS_UNWATCHED == 0:
             self.check_terms()
         return loss.detach()
 
-    def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, LossOutput]:
-        """Return what the adversary reads of a minibatch, and the model's own losses."""
+    def _play(self, batch: dict[str, Tensor]) -> tuple[LossOutput, Tensor, Tensor, dict]:
+        """Return the model's own losses, its whole loss, the adversary's, and its metrics."""
         inference_outputs, generative_outputs, losses = self.module(
             batch,
             generative_kwargs={"likelihoods": False},
             loss_kwargs={"kl_weight": self.kl_weight},
         )
         read = self.module.representation(batch, inference_outputs, generative_outputs)
-        return read, losses
+        adversarial_loss, cross_entropy, metrics = self.module.game(read, batch)
+        loss = losses.loss + self.module.adversarial_weight * adversarial_loss
+        return losses, loss, cross_entropy, metrics
 
-    def _step_adversary(
-        self, optimizer: torch.optim.Optimizer, representation: Tensor, batch: dict
-    ) -> None:
-        """Take each step on cells of its own: several steps at the price of one on all cells."""
-        detached = representation.detach()
-        told = {key: batch[key] for key in (CONDITION_KEY, REGISTRY_KEYS.LABELS_KEY)}
-        n_cells = len(batch[CONDITION_KEY])
-        size = -(-n_cells // self.n_adversary_steps)
-        for start in range(0, n_cells, size):
-            part = slice(start, start + size)
+    def _step(self, optimizers: Sequence[LightningOptimizer], loss: Tensor) -> None:
+        """Take one step of each optimiser; the model's, which comes first, is counted."""
+        for optimizer in optimizers:
             optimizer.zero_grad()
-            loss = self.module.adversary_loss(
-                detached[part], {key: tensor[part] for key, tensor in told.items()}
-            )
-            self.manual_backward(loss)
-            optimizer.step()
-
-    def _game(self, representation: Tensor, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the model's adversarial loss; no gradient reaches the adversary itself."""
-        self.module.adversary.requires_grad_(False)
-        game = self.module.game(representation, batch)
-        self.module.adversary.requires_grad_(True)
-        return game
-
-    def _step_model(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
         self.manual_backward(loss)
         if self.gradient_clip_val is not None:
             torch.nn.utils.clip_grad_norm_(self._model_parameters(), self.gradient_clip_val)
-        optimizer.step()
+        model, *adversary = optimizers
+        model.step()
+        for optimizer in adversary:
+            optimizer.optimizer.step()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Record the same terms on held-out cells, the adversary's among them."""
-        representation, losses = self._forward(batch)
-        adversarial_loss, metrics = self.module.game(representation, batch)
-        loss = losses.loss + self.module.adversarial_weight * adversarial_loss
+        losses, loss, _, metrics = self._play(batch)
         self._epoch["validation"].add(self._terms(loss, losses, metrics), losses.n_obs_minibatch)
 
     # --------------------------------------------------------------------- metrics

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from drawing import N_CELLS, NO_CATEGORIES, draw, draw_codes
 
 from discover_sc._adversary import Adversary
+from discover_sc._losses import adversarial_loss
 
 
 def test_adversary_has_one_head_per_condition_key():
@@ -22,16 +23,21 @@ def test_labels_change_the_logits_only_of_an_adversary_that_is_told_them(told):
 
 
 @pytest.mark.parametrize("n_labels", [0, 3], ids=["told nothing", "told the label"])
-def test_the_fused_loss_and_its_gradients_are_those_of_the_cross_entropy(n_labels):
+def test_the_losses_and_gradients_of_the_game_are_those_of_two_players_in_turn(n_labels):
+    """One pass over the sum of both losses: neither player's gradient reaches the other."""
     adversary = Adversary(7, [2, 3], n_labels)
-    x, labels, truth = draw(N_CELLS, 7), draw_codes(3), draw_codes(2, 3)
-    fused = adversary.loss(x, labels, truth)
-    (2 * fused).backward()
-    gradients = [p.grad.clone() for p in adversary.parameters()]
-    adversary.zero_grad()
-    per_key = adversary(x, labels)
-    plain = sum(F.cross_entropy(g, truth[:, k]).mean() for k, g in enumerate(per_key))
-    (2 * plain).backward()
-    torch.testing.assert_close(fused, plain)
-    for gradient, parameter in zip(gradients, adversary.parameters(), strict=True):
-        torch.testing.assert_close(gradient, parameter.grad)
+    x, labels, truth = draw(N_CELLS, 7).requires_grad_(), draw_codes(3), draw_codes(2, 3)
+    targets = [torch.full((1, 2), 0.5), torch.softmax(draw(N_CELLS, 3), -1)]
+    model_loss, cross_entropy, predictions = adversary.play(x, labels, truth, targets)
+    (3 * model_loss + 2 * cross_entropy).backward()
+    found = [x.grad.clone(), *(p.grad.clone() for p in adversary.parameters())]
+
+    per_key = [logits.log_softmax(-1) for logits in adversary(x, labels)]
+    pairs = list(enumerate(zip(per_key, targets, strict=True)))
+    against = sum(adversarial_loss(log, t, truth[:, k]).mean() for k, (log, t) in pairs)
+    plain = sum(F.nll_loss(log, truth[:, k]) for k, log in enumerate(per_key))
+    (for_x,) = torch.autograd.grad(3 * against, x, retain_graph=True)
+    expected = [for_x, *torch.autograd.grad(2 * plain, list(adversary.parameters()))]
+    torch.testing.assert_close((model_loss, cross_entropy), (against, plain))
+    torch.testing.assert_close(predictions, per_key)
+    torch.testing.assert_close(found, expected)

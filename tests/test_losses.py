@@ -2,11 +2,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributions import kl_divergence
 
 from discover_sc._losses import (
     adversarial_loss,
+    adversarial_slope,
     adversary_entropy,
+    cross_entropy_slope,
     kl_to_standard_normal,
     kl_to_unit_normal,
 )
@@ -118,16 +121,26 @@ def test_conditions_that_the_label_rules_out_cost_nothing():
     torch.testing.assert_close(loss, torch.tensor([-3 / 50 * math.log(2)]))
 
 
-def test_the_gradient_of_the_adversarial_loss():
+@pytest.mark.parametrize("n_levels", [3, 60])
+def test_slopes_are_the_gradients_of_the_losses_by_the_logits(n_levels):
     """Away from all conditions alike, and away from the cell's own."""
-    target, truth = torch.tensor([[0.7, 0.3, 0.0]]), torch.tensor([1])
-    logits = torch.tensor([[1.0, -1.0, 0.5]], requires_grad=True)
-    (gradient,) = torch.autograd.grad(
-        adversarial_loss(logits.log_softmax(-1), target, truth).sum(), logits
-    )
-    prediction = torch.softmax(logits, -1).detach()
-    own = torch.tensor([[0.0, 1.0, 0.0]]) - prediction
-    torch.testing.assert_close(gradient, prediction - target + 3 / 50 * own)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, n_levels, generator=generator).requires_grad_()
+    target = torch.softmax(torch.randn(1, n_levels, generator=generator), -1)
+    truth = torch.randint(n_levels, (5,), generator=generator)
+    log_prediction = logits.log_softmax(-1)
+    for losses, slope in (
+        (
+            adversarial_loss(log_prediction, target, truth),
+            adversarial_slope(log_prediction.detach(), target, truth),
+        ),
+        (
+            F.nll_loss(log_prediction, truth, reduction="none"),
+            cross_entropy_slope(log_prediction.detach(), truth),
+        ),
+    ):
+        (gradient,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+        torch.testing.assert_close(slope, gradient)
 
 
 def test_adversarial_loss_pulls_where_the_gradient_of_the_entropy_vanishes():

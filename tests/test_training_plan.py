@@ -5,7 +5,6 @@ import torch
 from fitting import QUIET, train_small
 
 from discover_sc import DISCoVeR, InvarianceStopping
-from discover_sc._module import DiscoverVAE
 from discover_sc._training_plan import DiscoverTrainingPlan
 
 TERMS = (
@@ -197,11 +196,6 @@ def test_parameters_that_are_not_finite_are_found_too(adata):
         train_small(adata, train={"max_epochs": 1, "plan_kwargs": {"lr": 1e30}})
 
 
-def test_no_adversary_steps_are_refused(adata):
-    with pytest.raises(ValueError, match="n_adversary_steps is 0; it must be at least 1"):
-        train_small(adata, train={"plan_kwargs": {"n_adversary_steps": 0}})
-
-
 def test_an_unknown_plan_argument_is_refused_before_training(adata):
     with pytest.raises(TypeError, match="warmup"):
         train_small(adata, train={"plan_kwargs": {"warmup": 3}})
@@ -263,19 +257,3 @@ def test_training_ends_with_the_average_which_validation_judged(adata):
 def test_a_decay_outside_its_range_is_refused(adata, decay):
     with pytest.raises(ValueError, match=r"averaging_decay is .*at least 0 and below 1"):
         train_small(adata, train={"plan_kwargs": {"averaging_decay": decay}})
-
-
-def test_the_adversary_takes_its_steps_on_parts_that_make_the_minibatch(adata, monkeypatch):
-    """Three steps on a third of the cells each cost one step on all of them."""
-    seen = []
-
-    def record(self, representation, tensors):
-        seen.append(len(tensors["condition"]))
-        assert len(representation) == seen[-1]
-        return original(self, representation, tensors)
-
-    original = DiscoverVAE.adversary_loss
-    monkeypatch.setattr(DiscoverVAE, "adversary_loss", record)
-    options = {"max_epochs": 1, "batch_size": 128, "train_size": 1.0}
-    train_small(adata, train={**options, "plan_kwargs": {"n_adversary_steps": 3}})
-    assert seen == [43, 43, 42] * 2 + [15, 15, 14]  # 300 cells: 128, 128 and 44

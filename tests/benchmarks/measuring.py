@@ -1,9 +1,26 @@
-"""Peak memory, and functions called in a process of their own."""
+"""Peak memory, times of epochs, and functions called in a process of their own."""
 
 import gc
 import multiprocessing
+import time
 from contextlib import contextmanager
 from pathlib import Path
+
+import lightning.pytorch as pl
+
+
+class EpochTimes(pl.Callback):
+    """Wall and CPU seconds of the steps of each epoch, what a call does once left out."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self._start = time.perf_counter(), time.process_time()
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        now = time.perf_counter(), time.process_time()
+        self.seconds.append(tuple(b - a for a, b in zip(self._start, now, strict=True)))
 
 
 @contextmanager

@@ -11,15 +11,13 @@ on sizes that it did not see, and drawn out.
 
 import argparse
 import logging
-import time
 from pathlib import Path
 
-import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import scvi
 import torch
-from measuring import in_own_process, peak_megabytes
+from measuring import EpochTimes, in_own_process, peak_megabytes
 from scipy.optimize import nnls
 from throughput import QUIET, build_own, counts
 
@@ -48,19 +46,6 @@ FAR = {
 }
 
 
-class EpochTimes(pl.Callback):
-    """CPU seconds of each epoch."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        self._start = time.process_time()
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.seconds.append(time.process_time() - self._start)
-
-
 def measure(size, n_threads, n_epochs=4):
     """Return CPU milliseconds per step and peak megabytes of training."""
     torch.set_num_threads(n_threads)
@@ -79,7 +64,8 @@ def measure(size, n_threads, n_epochs=4):
             **QUIET,
         )
     n_steps = -(-size["n_cells"] // size["batch"])
-    return {"ms per step": 1e3 * min(times.seconds[-3:]) / n_steps, "peak, MB": peak[0]}
+    cpu = [seconds for _, seconds in times.seconds[-3:]]
+    return {"ms per step": 1e3 * min(cpu) / n_steps, "peak, MB": peak[0]}
 
 
 def sizes(max_cells):

@@ -23,7 +23,7 @@ import pandas as pd
 import scipy.sparse as sp
 import scvi
 import torch
-from measuring import in_own_process, peak_megabytes
+from measuring import EpochTimes, in_own_process, peak_megabytes
 from scvi import REGISTRY_KEYS
 
 from discover_sc import DISCoVeR
@@ -139,30 +139,25 @@ def profile(options):
     adata = counts(min(options.n_cells, 20_000), options.n_genes)
     model = build_own(adata, options.likelihood)
     epoch(model, options.batch_size, 1)  # warm up
-    wall, cpu = epoch(model, options.batch_size, options.epochs)
-    n_steps = -(-model.adata.n_obs // options.batch_size)
+    step = _step(model, options)
     plan, module = model._training_plan_cls(model.module), model.module.train()
     loader = model._make_data_loader(
         model.adata, batch_size=options.batch_size, shuffle=True, load_sparse_tensor=True
     )
     batch = next(iter(loader))
     (optimizer, adversary_optimizer), _ = plan.configure_optimizers()
-    plan.manual_backward = lambda loss: loss.backward()
     inference_outputs, outputs, losses = module(batch)
     read = module.representation(batch, inference_outputs, outputs).detach().requires_grad_()
     parts = {
-        "encoders": lambda: _sum_backward(
-            *(module.inference(**module._get_inference_input(batch))[k] for k in ("z", "w"))
-        ),
+        "encoders": lambda: _encoders(module, batch),
         "decoders": _decoders(module, batch, inference_outputs),
         "likelihood": _likelihood(module, batch, inference_outputs, outputs),
-        "adversary": lambda: _adversary(plan, adversary_optimizer, read, batch),
+        "adversary": lambda: _adversary(module, adversary_optimizer, read, batch),
         "optimiser": lambda: optimizer.step(),
     }
     _sum_backward(losses.loss)  # gradients for the optimiser
     table = {"data": _loading(loader)}
     table |= {name: milliseconds(part) for name, part in parts.items()}
-    step = np.array([wall, cpu]) * 1e3 / n_steps
     table["trainer and the rest"] = step - np.sum(list(table.values()), axis=0)
     table["step"] = step
     table["matrix products of the step"] = milliseconds(_matrix_products(module, options))
@@ -171,8 +166,22 @@ def profile(options):
     return table
 
 
+def _step(model, options):
+    """Return wall and CPU milliseconds of a step, the median of epochs of one call."""
+    times = EpochTimes()
+    arguments = {"train_size": 1.0, "batch_size": options.batch_size, "callbacks": [times]}
+    model.train(max_epochs=options.repetitions, **arguments, **QUIET)
+    n_steps = -(-model.adata.n_obs // options.batch_size)
+    return 1e3 * np.median(times.seconds, axis=0) / n_steps
+
+
 def _sum_backward(*tensors):
     sum(tensor.sum() for tensor in tensors).backward()
+
+
+def _encoders(module, batch):
+    outputs = module.inference(**module._get_inference_input(batch))
+    _sum_backward(outputs["z"], outputs["w"])
 
 
 def _loading(loader):
@@ -209,26 +218,31 @@ def _decoded(outputs):
     return [*outputs[OUTPUTS_KEY], *([] if inflation is None else [inflation])]
 
 
-def _adversary(plan, optimizer, read, batch):
-    plan._step_adversary(optimizer, read, batch)
-    plan._game(read, batch)[0].backward()
+def _adversary(module, optimizer, read, batch):
+    adversarial_loss, cross_entropy, _ = module.game(read, batch)
+    _sum_backward(adversarial_loss, cross_entropy)
+    optimizer.step()
 
 
 def _matrix_products(module, options):
-    """Return a function with the dense products of a step's large layers, both ways."""
-    x = torch.rand(options.batch_size, options.n_genes)
-    hidden = torch.rand(options.batch_size, 128)
-    weight = torch.rand(128, options.n_genes)
-    n_outputs = 3 if module.gene_likelihood == "zinb" else 2
+    """Return a function with the products of all linear layers of a step, both ways, dense.
+
+    Forward, backward to the weights, and backward to the inputs but for layers that read the
+    cells; the adversary's backward to the inputs is of the other player's loss.
+    """
+    shapes = [
+        (torch.rand(options.batch_size, m.in_features), torch.rand(m.weight.shape))
+        for m in module.modules()
+        if isinstance(m, torch.nn.Linear)
+    ]
+    shapes = [(x, weight, torch.rand(len(x), len(weight))) for x, weight in shapes]
 
     def run():
-        for _ in range(2):  # encoders: forward, and backward to the weights
+        for x, weight, grad in shapes:
             _ = x @ weight.T
-            _ = hidden.T @ x
-        for _ in range(n_outputs):  # decoders: forward, backward to weights and inputs
-            _ = hidden @ weight
-            _ = hidden.T @ x
-            _ = x @ weight.T
+            _ = grad.T @ x
+            if x.shape[1] < options.n_genes:
+                _ = grad @ weight
 
     return run
 
