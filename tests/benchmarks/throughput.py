@@ -182,7 +182,7 @@ def _steps_and_products(model, options):
         times = EpochTimes()
         model.train(callbacks=[times], **arguments, **QUIET)
         steps.append(1e3 * np.array(times.seconds[0]) / n_steps)
-        products.append(milliseconds(run))
+        products.append(milliseconds(run, repetitions=100))
     return steps, products
 
 
