@@ -43,22 +43,6 @@ class Adversary(nn.Module):
         self.labels = Covariates([n_labels] if n_labels else [], 0, _N_HIDDEN)
         self.heads = nn.Linear(_N_HIDDEN, sum(self.n_levels))
 
-    def forward(self, representation: Tensor, labels: Tensor) -> list[Tensor]:
-        """Return the logits of each condition key, ``(n_cells, n_levels)`` each.
-
-        Parameters
-        ----------
-        representation
-            Shape ``(n_cells, n_input)``.
-        labels
-            Label codes, ``int64`` of shape ``(n_cells, 1)``; read only if the adversary is told.
-        """
-        hidden = self.first(representation)
-        if self.told_labels:
-            hidden = hidden + self.labels(labels, None)
-        logits = self.heads(F.leaky_relu(hidden, _NEGATIVE_SLOPE))
-        return list(logits.split(self.n_levels, dim=1))
-
     def play(
         self,
         representation: Tensor,
@@ -70,8 +54,10 @@ class Adversary(nn.Module):
 
         Parameters
         ----------
-        representation, labels
-            As for :meth:`forward`.
+        representation
+            Shape ``(n_cells, n_input)``.
+        labels
+            Label codes, ``int64`` of shape ``(n_cells, 1)``; read only if the adversary is told.
         condition_index
             Codes of the true conditions, ``int64`` of shape ``(n_cells, n_keys)``.
         targets

@@ -266,10 +266,14 @@ def test_the_game_sums_over_keys_and_averages_over_cells(n_labels):
     labels = tensors[REGISTRY_KEYS.LABELS_KEY]
     rows = labels.squeeze(1) if n_labels > 1 else torch.zeros(N_CELLS, dtype=torch.long)
     expected, cross_entropy = 0.0, 0.0
-    for key, logits in enumerate(module.adversary(representation, labels)):
-        truth = tensors[CONDITION_KEY][:, key].long()
+    truths = tensors[CONDITION_KEY].long()
+    _, _, predictions = module.adversary.play(
+        representation, labels, truths, module._targets(tensors)
+    )
+    for key, log_prediction in enumerate(predictions):
+        truth = truths[:, key]
         for i in range(N_CELLS):
-            log_g, p = torch.log_softmax(logits[i], -1), targets[key][rows[i]]
+            log_g, p = log_prediction[i], targets[key][rows[i]]
             divergence = (p * (p.log() - log_g)).sum()
             expected += float(divergence + 2 / 50 * log_g[truth[i]]) / N_CELLS
             cross_entropy -= float(log_g[truth[i]]) / N_CELLS
