@@ -6,7 +6,6 @@ from drawing import N_CELLS, NO_CATEGORIES, draw, draw_codes
 from discover_sc._adversary import Adversary
 from discover_sc._losses import adversarial_loss
 
-
 TARGETS = [torch.full((1, 2), 0.5), torch.full((1, 3), 1 / 3)]
 
 
