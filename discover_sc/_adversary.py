@@ -113,14 +113,8 @@ class _Game(Function):
             model_loss = model_loss + adversarial_loss(log_prediction, target, truth).mean()
             cross_entropy = cross_entropy + F.nll_loss(log_prediction, truth)
             log_predictions.append(log_prediction)
-            slopes.append(
-                torch.stack(
-                    [
-                        adversarial_slope(log_prediction, target, truth),
-                        cross_entropy_slope(log_prediction, truth),
-                    ]
-                )
-            )
+            to_own = cross_entropy_slope(log_prediction, truth)
+            slopes.append(torch.stack([adversarial_slope(log_prediction, target, to_own), to_own]))
         log_prediction = torch.cat(log_predictions, dim=1)
         ctx.mark_non_differentiable(log_prediction)
         ctx.save_for_backward(x, hidden, torch.cat(slopes, dim=2), weight, head)

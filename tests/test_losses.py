@@ -39,6 +39,24 @@ def test_kl_divergences_are_those_of_torch():
     torch.testing.assert_close(kl_to_standard_normal(q), kl_divergence(q, standard).sum(-1))
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["standard normal", "mean given"])
+def test_gradients_of_kl_divergences_are_those_of_torch(learned):
+    generator = torch.Generator().manual_seed(0)
+    loc, mean, scale = torch.randn(3, 20, 5, generator=generator)
+    of = loc.requires_grad_(), scale.exp().requires_grad_(), mean.requires_grad_()
+    q = torch.distributions.Normal(*of[:2])
+    if learned:
+        own, prior = kl_to_unit_normal(q, mean), torch.distributions.Normal(mean, 1.0)
+    else:
+        own, prior = kl_to_standard_normal(q), torch.distributions.Normal(0.0, 1.0)
+    weights = torch.rand(20, generator=generator)
+    reference = kl_divergence(q, prior).sum(-1)
+    gradients, expected = (
+        torch.autograd.grad(kl @ weights, of, allow_unused=True) for kl in (own, reference)
+    )
+    torch.testing.assert_close(gradients, expected)
+
+
 def test_kl_is_zero_where_posterior_equals_prior():
     mean = torch.tensor([[0.3, -2.0]])
     q = torch.distributions.Normal(mean, torch.ones(1, 2))
@@ -129,15 +147,11 @@ def test_slopes_are_the_gradients_of_the_losses_by_the_logits(n_levels):
     target = torch.softmax(torch.randn(1, n_levels, generator=generator), -1)
     truth = torch.randint(n_levels, (5,), generator=generator)
     log_prediction = logits.log_softmax(-1)
+    to_own = cross_entropy_slope(log_prediction.detach(), truth)
+    adversarial = adversarial_slope(log_prediction.detach(), target, to_own)
     for losses, slope in (
-        (
-            adversarial_loss(log_prediction, target, truth),
-            adversarial_slope(log_prediction.detach(), target, truth),
-        ),
-        (
-            F.nll_loss(log_prediction, truth, reduction="none"),
-            cross_entropy_slope(log_prediction.detach(), truth),
-        ),
+        (F.nll_loss(log_prediction, truth, reduction="none"), to_own),
+        (adversarial_loss(log_prediction, target, truth), adversarial),
     ):
         (gradient,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
         torch.testing.assert_close(slope, gradient)

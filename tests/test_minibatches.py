@@ -59,3 +59,13 @@ def test_minibatches_are_those_of_scvi_tools_in_the_same_order(adata, kind, spar
         for key, tensor in tensors.items():
             assert tensor.dtype == reference[key].dtype
             assert torch.equal(tensor, reference[key]), key
+
+
+def test_training_is_the_same_when_a_process_of_its_own_reads_ahead(adata):
+    latents = []
+    for datasplitter_kwargs in ({}, {"num_workers": 1}):
+        scvi.settings.seed = 0
+        model = make_model(adata, adata.X)
+        model.train(max_epochs=2, accelerator="cpu", datasplitter_kwargs=datasplitter_kwargs)
+        latents.append(model.get_latent_representation())
+    np.testing.assert_array_equal(*latents)

@@ -7,20 +7,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 
 
 class EpochTimes(pl.Callback):
-    """Wall and CPU seconds of the steps of each epoch, what a call does once left out."""
+    """Wall and CPU seconds of each epoch, what a call does once left out.
+
+    ``seconds`` with the data and the trainer; ``step_seconds`` of the steps alone, forward,
+    backward, update and records.
+    """
 
     def __init__(self):
-        self.seconds = []
+        self.seconds, self.step_seconds = [], []
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self._start = time.perf_counter(), time.process_time()
+        self._start, self._in_steps = _now(), np.zeros(2)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._step_start = _now()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._in_steps += _now() - self._step_start
 
     def on_train_epoch_end(self, trainer, pl_module):
-        now = time.perf_counter(), time.process_time()
-        self.seconds.append(tuple(b - a for a, b in zip(self._start, now, strict=True)))
+        self.seconds.append(_now() - self._start)
+        self.step_seconds.append(self._in_steps)
+
+
+def _now():
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 @contextmanager

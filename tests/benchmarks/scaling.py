@@ -29,7 +29,7 @@ SWEEPS = {
     "batch": [64, 512, 1_024, 4_096],
 }
 LARGE = {"n_genes": 5_000, "batch": 1_024}
-CELLS = [10_000, 100_000, 1_000_000]  # with 500 genes, so that the largest fits into memory
+CELLS = [1_000, 10_000, 100_000, 1_000_000]  # with 500 genes, so that the largest fits into memory
 UNSEEN = [
     {"n_genes": 3_000, "batch": 256, "density": 0.05, "n_conditions": 20},
     {"n_genes": 7_000, "batch": 1_024, "density": 0.1, "n_conditions": 5, "n_cells": 20_000},

@@ -72,11 +72,18 @@ def build_own(adata, likelihood):
     return DISCoVeR(adata, gene_likelihood=likelihood)
 
 
-def epoch(model, batch_size, n_epochs):
+def train(model, options, **arguments):
+    """Train on all cells."""
+    workers = {"datasplitter_kwargs": {"num_workers": options.workers}} if options.workers else {}
+    model.train(train_size=1.0, batch_size=options.batch_size, **arguments, **workers, **QUIET)
+
+
+def epoch(model, options):
     """Return wall and CPU seconds of an epoch, in a call of several."""
     wall, cpu = time.perf_counter(), time.process_time()
-    model.train(max_epochs=n_epochs, train_size=1.0, batch_size=batch_size, **QUIET)
-    return (time.perf_counter() - wall) / n_epochs, (time.process_time() - cpu) / n_epochs
+    train(model, options, max_epochs=options.epochs)
+    seconds = (time.perf_counter() - wall, time.process_time() - cpu)
+    return tuple(s / options.epochs for s in seconds)
 
 
 def compare(first, second, repetitions):
@@ -100,8 +107,8 @@ def throughput(options):
     adata = counts(options.n_cells, options.n_genes)
     theirs, own = build_scvi(adata, options.likelihood), build_own(adata, options.likelihood)
     return compare(
-        lambda: epoch(theirs, options.batch_size, options.epochs),
-        lambda: epoch(own, options.batch_size, options.epochs),
+        lambda: epoch(theirs, options),
+        lambda: epoch(own, options),
         options.repetitions,
     )
 
@@ -135,11 +142,14 @@ def milliseconds(function, repetitions=30):
 
 
 def profile(options):
-    """Time each stage of a step alone, forward and backward, on one minibatch."""
+    """Time each stage of a step alone, forward and backward, on one minibatch.
+
+    Two tables: of stages, and of ratios.
+    """
     adata = counts(min(options.n_cells, 20_000), options.n_genes)
     model = build_own(adata, options.likelihood)
-    epoch(model, options.batch_size, 1)  # warm up
-    steps, products = _steps_and_products(model, options)
+    train(model, options, max_epochs=1)  # warm up
+    steps, wholes, products = _steps_and_products(model, options)
     plan, module = model._training_plan_cls(model.module), model.module.train()
     loader = model._make_data_loader(
         model.adata, batch_size=options.batch_size, shuffle=True, load_sparse_tensor=True
@@ -156,34 +166,41 @@ def profile(options):
         "optimiser": lambda: optimizer.step(),
     }
     _sum_backward(losses.loss)  # gradients for the optimiser
-    table = {"data": _loading(loader)}
-    table |= {name: milliseconds(part) for name, part in parts.items()}
-    step = np.median(steps, axis=0)
-    table["trainer and the rest"] = step - np.sum(list(table.values()), axis=0)
+    table = {name: milliseconds(part) for name, part in parts.items()}
+    whole, step = np.median(wholes, axis=0), np.median(steps, axis=0)
+    table["divergences, averaging, records, cold caches"] = step - np.sum([*table.values()], axis=0)
     table["step"] = step
+    table |= {"data": _loading(loader)}
+    table |= {"trainer": whole - step - table["data"], "step, data and trainer": whole}
     table["matrix products of the step"] = np.median(products, axis=0)
-    ratios = np.sort(np.array(steps)[:, 0] / np.array(products)[:, 0])
-    table["step / products, times: median"] = np.median(ratios), np.nan
-    table["least"], table["most"] = (ratios[0], np.nan), (ratios[-1], np.nan)
     table = pd.DataFrame(table, index=["wall, ms", "CPU, ms"]).T
-    table["of the step"] = table["CPU, ms"] / table.loc["step", "CPU, ms"]
-    return table
+    table["of all"] = table["CPU, ms"] / whole[1]
+    ratios = {"step": _ratio(steps, products), "step, data and trainer": _ratio(wholes, products)}
+    return table, pd.DataFrame(ratios, index=["median", "least", "most"]).T.add_suffix(
+        " / products"
+    )
+
+
+def _ratio(times, products):
+    """Return median, least and most of the ratios of wall times."""
+    ratios = np.array(times)[:, 0] / np.array(products)[:, 0]
+    return np.median(ratios), ratios.min(), ratios.max()
 
 
 def _steps_and_products(model, options):
-    """Return wall and CPU milliseconds of the steps of an epoch, and of their matrix products.
+    """Return wall and CPU milliseconds of a step, alone and with data and trainer, per epoch.
 
-    In turn, so that what else runs on the machine hits both.
+    And of its matrix products, in turn, so that what else runs on the machine hits all.
     """
-    products, steps, run = [], [], _matrix_products(model.module, options)
-    arguments = {"train_size": 1.0, "batch_size": options.batch_size, "max_epochs": 1}
+    products, steps, wholes, run = [], [], [], _matrix_products(model.module, options)
     n_steps = -(-model.adata.n_obs // options.batch_size)
     for _ in range(options.repetitions):
         times = EpochTimes()
-        model.train(callbacks=[times], **arguments, **QUIET)
-        steps.append(1e3 * np.array(times.seconds[0]) / n_steps)
+        train(model, options, max_epochs=1, callbacks=[times])
+        steps.append(1e3 * times.step_seconds[0] / n_steps)
+        wholes.append(1e3 * times.seconds[0] / n_steps)
         products.append(milliseconds(run, repetitions=100))
-    return steps, products
+    return steps, wholes, products
 
 
 def _sum_backward(*tensors):
@@ -286,7 +303,7 @@ def _train(path, options):
     _, model = _read_and_build(path, options)
     peak = []
     with peak_megabytes(peak):
-        model.train(max_epochs=1, train_size=1.0, batch_size=options.batch_size, **QUIET)
+        train(model, options, max_epochs=1)
     return peak[0]
 
 
@@ -317,6 +334,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2, help="epochs of a call")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read minibatches")
     parser.add_argument("--n-samples", type=int, default=25, help="draws per cell, --memory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -324,4 +342,6 @@ if __name__ == "__main__":
         logging.getLogger(name).setLevel(logging.ERROR)
     chosen = [f for f in (profile, inference, memory) if getattr(arguments, f.__name__)]
     for function in chosen or [throughput]:
-        print(function(arguments).round(3).to_string(), flush=True)
+        found = function(arguments)
+        for table in found if isinstance(found, tuple) else [found]:
+            print(table.round(3).to_string(), flush=True)
