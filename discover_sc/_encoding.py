@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ._model import DISCoVeR
 
-_BATCH_SIZE = 1024  # without a gradient, larger minibatches cost less
+BATCH_SIZE = 1024  # without a gradient, larger minibatches cost less
 
 
 @torch.inference_mode()
@@ -28,7 +28,7 @@ def posteriors(
 ) -> Iterator[tuple[slice, list[Normal]]]:
     """Yield the positions of a minibatch among the cells, and its posterior of each latent."""
     loader = model._make_data_loader(
-        adata, indices=cells, batch_size=batch_size or _BATCH_SIZE, load_sparse_tensor=True
+        adata, indices=cells, batch_size=batch_size or BATCH_SIZE, load_sparse_tensor=True
     )
     start = 0
     for tensors in loader:

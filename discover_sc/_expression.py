@@ -9,19 +9,25 @@ import pandas as pd
 import torch
 from scvi import REGISTRY_KEYS
 
+from ._encoding import BATCH_SIZE
+from ._keys import LIBRARY_KEY, QW_KEY, QZ_KEY
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from anndata import AnnData
     from torch import Tensor
 
+    from ._counts import SparseCells
     from ._model import DISCoVeR
+
+_LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float16")}
 
 
 @torch.inference_mode()
 def expected_expression(
     model: DISCoVeR,
-    px_key: str,
+    shared: bool,
     adata: AnnData | None,
     indices: Sequence[int] | None,
     transform_batch: str | Sequence[str] | None,
@@ -32,9 +38,11 @@ def expected_expression(
     batch_size: int | None,
     return_mean: bool,
     return_numpy: bool | None,
+    dtype: Literal["float32", "float16"],
 ) -> pd.DataFrame | np.ndarray:
-    """Return the expected expression of one of the two likelihoods; see the model's methods."""
-    model._check_if_trained(warn=False, message="The model is not trained. Call model.train().")
+    """Return the expected expression, decoded from z alone or from both; see the methods."""
+    if dtype not in _LARGEST:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {list(_LARGEST)}.")
     adata = model._validate_anndata(adata)
     cells, restore = sorted_cells(adata, indices)
     if n_samples_overall is not None:
@@ -42,16 +50,18 @@ def expected_expression(
     genes = _gene_columns(adata, gene_list)
     batch_codes = _batch_codes(model, transform_batch)
     average = return_mean and n_samples_overall is None
-    parts = []
-    for tensors in model._make_data_loader(adata, indices=cells, batch_size=batch_size):
-        draws = np.stack(
-            [
-                _decode_average(model, px_key, tensors, batch_codes, library_size)[:, genes]
-                for _ in range(n_samples)
-            ]
-        )  # (n_samples, n_cells, n_genes)
-        parts.append(draws.mean(axis=0, keepdims=True) if average else draws)
-    expression = np.concatenate(parts, axis=1)[:, restore]
+    expression = np.empty((1 if average else n_samples, len(cells), len(genes)), dtype)
+    position, start = np.argsort(restore), 0
+    for tensors in model._make_data_loader(
+        adata, indices=cells, batch_size=batch_size or BATCH_SIZE, load_sparse_tensor=True
+    ):
+        rows = position[start : start + len(tensors[REGISTRY_KEYS.X_KEY])]
+        draws = _draws(model, shared, tensors, batch_codes, library_size, n_samples)
+        if average:
+            draws = [sum(draws) / n_samples]
+        for own, draw in zip(expression, draws, strict=True):
+            own[rows] = _as_array(draw, genes, dtype)
+        start += len(rows)
     if n_samples_overall is not None:
         pool = expression.reshape(-1, expression.shape[-1])
         return pool[np.random.default_rng(0).choice(len(pool), n_samples_overall)]
@@ -60,6 +70,50 @@ def expected_expression(
     if return_numpy:
         return expression[0]
     return pd.DataFrame(expression[0], adata.obs_names[cells[restore]], adata.var_names[genes])
+
+
+def _draws(
+    model: DISCoVeR,
+    shared: bool,
+    tensors: dict[str, Tensor | SparseCells],
+    batch_codes: list[int | None],
+    library_size: float | Literal["latent"],
+    n_samples: int,
+) -> Iterator[Tensor]:
+    """Yield the expression of a minibatch under each draw, averaged over the batches."""
+    module = model.module
+    outputs = module.inference(**module._get_inference_input(tensors))
+    library = outputs[LIBRARY_KEY]
+    for _ in range(n_samples):
+        z = outputs[QZ_KEY].sample()
+        w = None if shared else outputs[QW_KEY].sample()
+        decoded = [
+            expression_of(module.decode(z, w, library, _under(tensors, code)), library_size)
+            for code in batch_codes
+        ]
+        yield sum(decoded) / len(decoded)
+
+
+def _under(
+    tensors: dict[str, Tensor | SparseCells], batch_code: int | None
+) -> dict[str, Tensor | SparseCells]:
+    """Return a minibatch under another batch; None: under its own."""
+    if batch_code is None:
+        return tensors
+    own = tensors[REGISTRY_KEYS.BATCH_KEY]
+    return {**tensors, REGISTRY_KEYS.BATCH_KEY: torch.full_like(own, batch_code)}
+
+
+def _as_array(values: Tensor, genes: np.ndarray, dtype: str) -> np.ndarray:
+    """Return some columns, where they fit into the type."""
+    if len(genes) < values.shape[1]:
+        values = values[:, torch.as_tensor(genes, device=values.device)]
+    if dtype == "float16" and (largest := float(values.abs().amax())) > _LARGEST[dtype]:
+        raise ValueError(
+            f"The expression reaches {largest:g}; dtype='float16' holds at most "
+            f"{_LARGEST[dtype]:g}. Choose a smaller library_size, or dtype='float32'."
+        )
+    return values.cpu().numpy().astype(dtype, copy=False)
 
 
 def sorted_cells(adata: AnnData, indices: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -83,32 +137,6 @@ def sorted_cells(adata: AnnData, indices: Sequence[int] | None) -> tuple[np.ndar
         raise ValueError("indices selects no cell; at least one is needed. Check the selection.")
     order = np.argsort(indices, kind="stable")
     return indices[order], np.argsort(order, kind="stable")
-
-
-def _decode_average(
-    model: DISCoVeR,
-    px_key: str,
-    tensors: dict[str, Tensor],
-    batch_codes: list[int | None],
-    library_size: float | Literal["latent"],
-) -> np.ndarray:
-    """Average one draw over the batches that it is decoded under."""
-    return np.mean([_decode(model, px_key, tensors, b, library_size) for b in batch_codes], axis=0)
-
-
-def _decode(
-    model: DISCoVeR,
-    px_key: str,
-    tensors: dict[str, Tensor],
-    batch_code: int | None,
-    library_size: float | Literal["latent"],
-) -> np.ndarray:
-    """Decode one posterior draw of a minibatch, under its own or another batch."""
-    if batch_code is not None:
-        own = tensors[REGISTRY_KEYS.BATCH_KEY]
-        tensors = {**tensors, REGISTRY_KEYS.BATCH_KEY: torch.full_like(own, batch_code)}
-    _, outputs = model.module(tensors, compute_loss=False)
-    return expression_of(outputs[px_key], library_size).cpu().numpy()
 
 
 def expression_of(

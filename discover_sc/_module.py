@@ -311,11 +311,17 @@ class DiscoverVAE(BaseModuleClass):
 
     @auto_move_data
     def decode(
-        self, z: Tensor, w: Tensor, library: Tensor, tensors: dict[str, Tensor]
+        self, z: Tensor, w: Tensor | None, library: Tensor, tensors: dict[str, Tensor]
     ) -> torch.distributions.Distribution:
-        """Return the likelihood of given latents under the covariates of a minibatch."""
+        """Return the likelihood of given latents under the covariates of a minibatch.
+
+        Without w: that of the reconstruction from z alone.
+        """
         batch_index, *covariates = self.covariates(tensors)
-        output = self.decoder(torch.cat([z, w], dim=-1), *covariates)
+        if w is None:
+            output = self.shared_decoder(z, *covariates)
+        else:
+            output = self.decoder(torch.cat([z, w], dim=-1), *covariates)
         zi_logits = None
         if self._inflates:
             zi_logits = self._inflation(self.shared_decoder.hidden(z, *covariates), *covariates)

@@ -120,6 +120,26 @@ def test_latent_library_size_gives_back_the_observed_depth(adata):
     np.testing.assert_allclose(depth, np.asarray(adata.X.sum(axis=1)).ravel(), rtol=1e-4)
 
 
+def test_expression_stands_in_the_order_asked_for_across_minibatches(adata):
+    model = train_small(adata)
+    order = [7, 2, 2, 40, 0]
+    found = model.get_normalized_expression(library_size="latent", indices=order, batch_size=2)
+    assert list(found.index) == list(adata.obs_names[order])
+    depth = np.asarray(adata.X.sum(axis=1)).ravel()[order]
+    np.testing.assert_allclose(found.sum(axis=1), depth, rtol=1e-4)
+
+
+def test_expression_in_half_precision_is_that_in_single_precision_rounded(adata):
+    model = train_small(adata)
+    arguments = {"library_size": 1e4, "return_numpy": True, "n_samples": 2}
+    found = []
+    for dtype in ("float32", "float16"):
+        scvi.settings.seed = 0
+        found.append(model.get_normalized_expression(**arguments, dtype=dtype))
+    assert found[1].dtype == np.float16
+    np.testing.assert_array_equal(found[0].astype(np.float16), found[1])
+
+
 def test_gene_list_and_transform_batch(adata):
     model = train_small(adata, SETUP, train={"max_epochs": 4})
     genes = ["gene_5", "gene_2"]
@@ -322,6 +342,11 @@ def test_conditions_that_the_model_does_not_know_are_refused(adata, tmp_path, us
     [
         (lambda m: m.get_latent_representation(latent="x"), "latent is 'x'; it must be 'z'"),
         (lambda m: m.get_normalized_expression(gene_list=["G"]), r"gene_list holds \['G'\]"),
+        (lambda m: m.get_normalized_expression(dtype="int8"), "dtype is 'int8'; it must be one of"),
+        (
+            lambda m: m.get_normalized_expression(dtype="float16", library_size=1e9),
+            r"reaches .*; dtype='float16' holds at most 65504. Choose a smaller library_size",
+        ),
         (lambda m: m.get_normalized_expression(transform_batch="b"), "registered batches are"),
         (lambda m: m.get_loadings(), "decoder is 'nonlinear' and has no loadings"),
     ],

@@ -3,7 +3,7 @@
     python tests/benchmarks/throughput.py [--likelihood zinb] [--batch-size 1024] [--epochs 2]
     python tests/benchmarks/throughput.py --profile      where the time of a step goes
     python tests/benchmarks/throughput.py --memory       peak memory for --n-cells cells
-    python tests/benchmarks/throughput.py --inference    latents of --n-cells cells
+    python tests/benchmarks/throughput.py --inference    latents and expression of --n-cells cells
 
 Both models: same likelihood, genes, layers, minibatches, threads; the default training
 of each. Epochs are those of whole calls of --epochs of them, so that what a call does once is
@@ -119,12 +119,23 @@ def inference(options):
     for model in (theirs, own):
         model.train(max_epochs=1, train_size=min(1.0, 2_000 / options.n_cells), **QUIET)
 
-    def encode(model):
+    def seconds(model, method, **arguments):
         wall, cpu = time.perf_counter(), time.process_time()
-        model.get_latent_representation()
+        getattr(model, method)(**arguments)
         return time.perf_counter() - wall, time.process_time() - cpu
 
-    return compare(lambda: encode(theirs), lambda: encode(own), options.repetitions)
+    def beside(method, **arguments):
+        return compare(
+            lambda: seconds(theirs, method, **arguments),
+            lambda: seconds(own, method, **arguments),
+            options.repetitions,
+        )
+
+    tables = {
+        "latents": beside("get_latent_representation"),
+        "expression": beside("get_normalized_expression", return_numpy=True),
+    }
+    return pd.concat(tables)
 
 
 # ------------------------------------------------------------------------------- profile
