@@ -4,7 +4,7 @@ import pytest
 import torch
 from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
 
-from discover_sc._sampling import carry_over, sample
+from discover_sc._sampling import carry_over, negative_binomial, sample
 
 N_CELLS = 40_000
 BEFORE = torch.tensor([[1.0, 4.0, 0.001, 5.0]])
@@ -75,3 +75,34 @@ def test_fresh_draws_have_the_wanted_mean_at_the_library():
     px, _ = counts_likelihood(BEFORE, "nb")
     drawn = sample(px, AFTER.expand(N_CELLS, -1), LIBRARY)
     torch.testing.assert_close(drawn.mean(0), 50.0 * AFTER[0] / AFTER.sum(), rtol=0.03, atol=0.02)
+
+
+@pytest.mark.parametrize("theta", [0.02, 1.0, 30.0, 1e4])
+def test_negative_binomial_counts_have_their_distribution(theta):
+    mean = torch.tensor([[1e-3, 0.1, 1.0, 6.0, 50.0, 4000.0]]).expand(N_CELLS, -1)
+    torch.manual_seed(0)
+    drawn = negative_binomial(mean, torch.full((1, 1), theta))
+    reference = NegativeBinomial(mu=mean[0].double(), theta=torch.tensor(theta).double())
+    spread = reference.variance.sqrt()
+    assert ((drawn.double().mean(0) - reference.mean).abs() < 5 * spread / N_CELLS**0.5).all()
+    for count in (0, 1, 2, 3, 5, 8, 13, 40, 60):
+        expected = reference.log_prob(torch.full((6,), float(count)).double()).exp()
+        error = ((drawn == count).double().mean(0) - expected).abs()
+        assert (error < 5 * (expected / N_CELLS).sqrt() + 3 / N_CELLS).all()
+
+
+def test_no_count_where_the_mean_is_zero():
+    assert (negative_binomial(torch.zeros(100, 3), torch.ones(1, 3)) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["nb", "zinb"])
+def test_fresh_draws_are_zero_as_often_as_the_likelihood_says(name):
+    px, _ = counts_likelihood(AFTER, "nb")
+    if name == "zinb":
+        logits = torch.tensor([[-2.0, 0.0, 1.0, -1.0]]).expand(N_CELLS, -1)
+        px = ZeroInflatedNegativeBinomial(
+            mu=px.mu, theta=px.theta, zi_logits=logits, scale=px.scale
+        )
+    drawn = sample(px, AFTER.expand(N_CELLS, -1), LIBRARY)
+    expected = px.log_prob(torch.zeros(N_CELLS, 4)).exp()[0]
+    torch.testing.assert_close((drawn == 0).float().mean(0), expected, rtol=0.05, atol=0.01)
