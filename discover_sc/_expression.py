@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ._counts import SparseCells
     from ._model import DISCoVeR
 
-_LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float16")}
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 @torch.inference_mode()
@@ -41,8 +41,8 @@ def expected_expression(
     dtype: Literal["float32", "float16"],
 ) -> pd.DataFrame | np.ndarray:
     """Return the expected expression, decoded from z alone or from both; see the methods."""
-    if dtype not in _LARGEST:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {list(_LARGEST)}.")
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"dtype is {dtype!r}; it must be 'float32' or 'float16'.")
     adata = model._validate_anndata(adata)
     cells, restore = sorted_cells(adata, indices)
     if n_samples_overall is not None:
@@ -84,20 +84,19 @@ def _draws(
     module = model.module
     outputs = module.inference(**module._get_inference_input(tensors))
     library = outputs[LIBRARY_KEY]
+    covariates = {k: v for k, v in tensors.items() if k != REGISTRY_KEYS.X_KEY}
     for _ in range(n_samples):
         z = outputs[QZ_KEY].sample()
         w = None if shared else outputs[QW_KEY].sample()
         decoded = [
-            expression_of(module.decode(z, w, library, _under(tensors, code)), library_size)
+            expression_of(module.decode(z, w, library, _under(covariates, code)), library_size)
             for code in batch_codes
         ]
         yield sum(decoded) / len(decoded)
 
 
-def _under(
-    tensors: dict[str, Tensor | SparseCells], batch_code: int | None
-) -> dict[str, Tensor | SparseCells]:
-    """Return a minibatch under another batch; None: under its own."""
+def _under(tensors: dict[str, Tensor], batch_code: int | None) -> dict[str, Tensor]:
+    """Return the covariates of a minibatch under another batch; None: under its own."""
     if batch_code is None:
         return tensors
     own = tensors[REGISTRY_KEYS.BATCH_KEY]
@@ -108,10 +107,10 @@ def _as_array(values: Tensor, genes: np.ndarray, dtype: str) -> np.ndarray:
     """Return some columns, where they fit into the type."""
     if len(genes) < values.shape[1]:
         values = values[:, torch.as_tensor(genes, device=values.device)]
-    if dtype == "float16" and (largest := float(values.abs().amax())) > _LARGEST[dtype]:
+    if dtype == "float16" and bool((values.abs() > _LARGEST_HALF).any()):
         raise ValueError(
-            f"The expression reaches {largest:g}; dtype='float16' holds at most "
-            f"{_LARGEST[dtype]:g}. Choose a smaller library_size, or dtype='float32'."
+            f"The expression reaches {float(values.abs().max()):g}; dtype='float16' holds at most "
+            f"{_LARGEST_HALF:g}. Choose a smaller library_size, or dtype='float32'."
         )
     return values.cpu().numpy().astype(dtype, copy=False)
 

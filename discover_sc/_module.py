@@ -215,6 +215,7 @@ class DiscoverVAE(BaseModuleClass):
         size_factor
             Positive, of shape ``(n_cells, 1)``, or None: the total count of the cell.
         """
+        x = x.to(self.log_theta.device)  # tensors have been moved, sparse cells have not
         encoded = self._transform(x)
         qz = self.z_encoder(encoded)
         qw = self.w_encoder(encoded, condition_features)
@@ -237,7 +238,7 @@ class DiscoverVAE(BaseModuleClass):
         self, tensors: dict[str, Tensor], latent: Literal["z", "w"]
     ) -> torch.distributions.Normal:
         """Return the posterior of one latent of a minibatch, at the cost of one encoder."""
-        x = self._transform(tensors[REGISTRY_KEYS.X_KEY])
+        x = self._transform(tensors[REGISTRY_KEYS.X_KEY].to(self.log_theta.device))
         if latent == "z":
             return self.z_encoder(x)
         return self.w_encoder(x, self.condition_features(tensors))
@@ -318,10 +319,8 @@ class DiscoverVAE(BaseModuleClass):
         Without w: that of the reconstruction from z alone.
         """
         batch_index, *covariates = self.covariates(tensors)
-        if w is None:
-            output = self.shared_decoder(z, *covariates)
-        else:
-            output = self.decoder(torch.cat([z, w], dim=-1), *covariates)
+        latents = z if w is None else torch.cat([z, w], dim=-1)
+        output = (self.shared_decoder if w is None else self.decoder)(latents, *covariates)
         zi_logits = None
         if self._inflates:
             zi_logits = self._inflation(self.shared_decoder.hidden(z, *covariates), *covariates)

@@ -120,7 +120,7 @@ def _learn(
     def loss_of(new: list[Tensor]) -> Tensor:
         for one, old, vector in zip(vectors, known, new, strict=True):
             one.added = torch.cat([old, vector])
-        return module(tensors)[2].loss
+        return module(tensors, generative_kwargs={"likelihoods": False})[2].loss
 
     with torch.no_grad():
         best = min(starts, key=lambda start: float(loss_of(start)))

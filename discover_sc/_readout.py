@@ -157,7 +157,8 @@ class ReadoutMixin:
             Return an array; None: a DataFrame where the result is cells x genes.
         dtype
             Type of the result, the one large piece of memory. ``"float16"`` halves it and keeps
-            three digits.
+            three digits of what lies between 6e-5 and 65,504: ask for a ``library_size`` of 1e4,
+            say, not for fractions.
 
         Returns
         -------

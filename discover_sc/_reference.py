@@ -14,6 +14,7 @@ from sklearn.metrics import pairwise_distances_argmin
 from ._calibration import PROFILE_LIBRARY
 from ._counterfactual import MIN_GROUP_CELLS, cluster_groups
 from ._counts import SparseCells
+from ._encoding import BATCH_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _MAX_GROUP_CELLS = 2000
 _MAX_CLUSTERED = 5000
-_BATCH_SIZE = 1024
 
 
 def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
@@ -132,7 +132,7 @@ def _read(
     sums, start = np.zeros((len(n_cells), adata.n_vars)), 0
     libraries = np.zeros((2, len(n_cells)))
     for tensors in model._make_data_loader(
-        adata, indices=cells, batch_size=_BATCH_SIZE, load_sparse_tensor=True
+        adata, indices=cells, batch_size=BATCH_SIZE, load_sparse_tensor=True
     ):
         x = tensors[REGISTRY_KEYS.X_KEY]
         rows = slice(start, start + len(x))

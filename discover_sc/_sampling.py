@@ -55,19 +55,27 @@ def negative_binomial(mean: Tensor, theta: Tensor) -> Tensor:
         Not negative, ``(n_cells, n_genes)``.
     theta
         Inverse dispersion, positive, of a shape that broadcasts to that of the mean.
+
+    Raises
+    ------
+    ValueError
+        If a mean or a dispersion is not a number.
     """
     theta = theta.expand_as(mean)
     log_1u = torch.log1p(mean / theta)
     n_expected = theta * log_1u
+    if bool(n_expected.isnan().any()):
+        raise ValueError(
+            "A mean or a dispersion to draw counts from is not a number. Check the cells for NaN."
+        )
     some = -torch.expm1(-n_expected)
     many = n_expected > _N_CLUSTERS
-    any_cluster = ((torch.rand_like(mean) < some) & ~many).reshape(-1).nonzero().squeeze(1)
-    counts = torch.zeros_like(mean)
+    # from (0, 1]: where a cluster is all but impossible, there is none
+    any_cluster = ((1 - torch.rand_like(mean) <= some) & ~many).reshape(-1).nonzero().squeeze(1)
+    counts = torch.zeros(mean.shape, dtype=mean.dtype, device=mean.device)
     counts[many] = torch.poisson(Gamma(theta[many], theta[many] / mean[many]).sample())
-    # sizes are read off logarithms near 0: in double precision, where the device has it
-    wide = torch.float32 if mean.device.type == "mps" else torch.float64
-    log_1u, n_expected, some = (
-        values.reshape(-1).index_select(0, any_cluster).to(wide)
+    log_1u, n_expected, some = (  # sizes are read off logarithms near 0
+        values.reshape(-1).index_select(0, any_cluster).double()
         for values in (log_1u, n_expected, some)
     )
     # the first comes at a time in (0, n_expected), given that it comes; the rest after it

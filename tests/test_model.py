@@ -110,8 +110,14 @@ def test_normalized_expression_sums_to_the_library_size_and_averages_draws(adata
     draws = model.get_normalized_expression(n_samples=3, return_mean=False, indices=[4, 1])
     assert draws.shape == (3, 2, adata.n_vars)
     assert not np.array_equal(draws[0], draws[1])  # drawn, never repeated
-    overall = model.get_normalized_expression(n_samples_overall=7)
+    draws = model.get_normalized_expression(
+        n_samples=2, return_mean=False, library_size="latent", batch_size=64
+    )
+    depth = np.asarray(adata.X.sum(axis=1)).ravel()
+    np.testing.assert_allclose(draws.sum(axis=2), [depth, depth], rtol=1e-4)
+    overall = model.get_normalized_expression(n_samples_overall=7, batch_size=64)
     assert overall.shape == (7, adata.n_vars)
+    np.testing.assert_allclose(overall.sum(axis=1), 1, rtol=1e-4)
 
 
 def test_latent_library_size_gives_back_the_observed_depth(adata):
@@ -342,7 +348,10 @@ def test_conditions_that_the_model_does_not_know_are_refused(adata, tmp_path, us
     [
         (lambda m: m.get_latent_representation(latent="x"), "latent is 'x'; it must be 'z'"),
         (lambda m: m.get_normalized_expression(gene_list=["G"]), r"gene_list holds \['G'\]"),
-        (lambda m: m.get_normalized_expression(dtype="int8"), "dtype is 'int8'; it must be one of"),
+        (
+            lambda m: m.get_normalized_expression(dtype="int8"),
+            "dtype is 'int8'; it must",
+        ),
         (
             lambda m: m.get_normalized_expression(dtype="float16", library_size=1e9),
             r"reaches .*; dtype='float16' holds at most 65504. Choose a smaller library_size",

@@ -303,3 +303,22 @@ def test_a_compiled_module_has_the_same_loss_and_gradients(adata):
         )
     assert graphs
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("options", [{}, {"gene_likelihood": "zinb"}, {"decoder": "linear"}])
+def test_without_w_the_shared_reconstruction_is_decoded(options):
+    module, tensors = make_module(**options).eval(), make_tensors()
+    inference, generative, _ = module(tensors)
+    decoded = module.decode(inference["z"], None, inference["library"], tensors)
+    torch.testing.assert_close(decoded.mean, generative["px_shared"].mean)
+
+
+def test_sparse_cells_follow_the_module_to_its_device(adata):
+    DISCoVeR.setup_anndata(adata, condition_key="condition")
+    model = DISCoVeR(adata)
+    tensors = next(iter(model._make_data_loader(adata, load_sparse_tensor=True)))
+    module = model.module.to("meta")
+    outputs = module.inference(**module._get_inference_input(tensors))
+    assert {outputs[name].device.type for name in ("z", "w", "library")} == {"meta"}
+    for latent in ("z", "w"):
+        assert module.posterior(tensors, latent).loc.device.type == "meta"

@@ -106,3 +106,15 @@ def test_fresh_draws_are_zero_as_often_as_the_likelihood_says(name):
     drawn = sample(px, AFTER.expand(N_CELLS, -1), LIBRARY)
     expected = px.log_prob(torch.zeros(N_CELLS, 4)).exp()[0]
     torch.testing.assert_close((drawn == 0).float().mean(0), expected, rtol=0.05, atol=0.01)
+
+
+def test_no_count_is_drawn_from_what_is_not_a_number():
+    with pytest.raises(ValueError, match="is not a number. Check the cells for NaN"):
+        negative_binomial(torch.tensor([[1.0, float("nan")]]), torch.ones(1, 2))
+
+
+def test_counts_stand_at_their_means_whatever_the_layout():
+    mean = torch.tensor([[0.0, 0.0, 0.0], [9.0, 9.0, 9.0]]).repeat(1, 20)
+    drawn = negative_binomial(mean.T.contiguous().T, torch.full((1, 60), 100.0))
+    assert (drawn[0] == 0).all()
+    assert (drawn[1] > 0).all()

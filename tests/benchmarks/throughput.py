@@ -290,13 +290,14 @@ def _matrix_products(module, options):
 
 
 def memory(options):
-    """Return peak memory beyond the data, and beyond the output of a counterfactual, in MB."""
+    """Return peak memory beyond the data, and beyond the output of a counterfactual, and times."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/counts.h5ad"
         in_own_process(_write_counts, path, options)
-        return pd.Series(
-            {f.__name__.lstrip("_"): in_own_process(f, path, options) for f in (_train, _predict)}
-        )
+        found = {
+            f.__name__.lstrip("_"): in_own_process(f, path, options) for f in (_train, _predict)
+        }
+        return pd.DataFrame(found, index=["peak, MB", "seconds"])
 
 
 def _write_counts(path, options):
@@ -312,21 +313,21 @@ def _read_and_build(path, options):
 
 def _train(path, options):
     _, model = _read_and_build(path, options)
-    peak = []
+    peak, start = [], time.perf_counter()
     with peak_megabytes(peak):
         train(model, options, max_epochs=1)
-    return peak[0]
+    return peak[0], time.perf_counter() - start
 
 
 def _predict(path, options):
     """Every cell under the other condition, those that are under it already among them."""
     adata, model = _read_and_build(path, options)
     model.train(max_epochs=1, train_size=min(1.0, 5_000 / adata.n_obs), **QUIET)
-    peak = []
+    peak, start = [], time.perf_counter()
     with peak_megabytes(peak):
         predicted = model.predict_counterfactual(adata, to="c1", n_samples=options.n_samples)
-    dense = [predicted.X, *predicted.layers.values()]
-    return peak[0] - sum(_megabytes(array) for array in dense)
+    seconds, dense = time.perf_counter() - start, [predicted.X, *predicted.layers.values()]
+    return peak[0] - sum(_megabytes(array) for array in dense), seconds
 
 
 def _megabytes(array):
