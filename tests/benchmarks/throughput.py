@@ -2,7 +2,7 @@
 
     python tests/benchmarks/throughput.py [--likelihood zinb] [--batch-size 1024] [--epochs 2]
     python tests/benchmarks/throughput.py --profile      where the time of a step goes
-    python tests/benchmarks/throughput.py --memory       peak memory for --n-cells cells
+    python tests/benchmarks/throughput.py --memory       peak memory and seconds for --n-cells cells
     python tests/benchmarks/throughput.py --inference    latents and expression of --n-cells cells
 
 Both models: same likelihood, genes, layers, minibatches, threads; the default training
