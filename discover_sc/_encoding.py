@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     import numpy as np
     from anndata import AnnData
@@ -23,16 +23,15 @@ def posteriors(
     model: DISCoVeR,
     adata: AnnData,
     cells: np.ndarray,
-    latents: Sequence[str],
     batch_size: int | None = None,
-) -> Iterator[tuple[slice, list[Normal]]]:
-    """Yield the positions of a minibatch among the cells, and its posterior of each latent."""
+) -> Iterator[tuple[slice, dict[str, Normal]]]:
+    """Yield the positions of a minibatch among the cells, and its posteriors of z and w."""
     loader = model._make_data_loader(
         adata, indices=cells, batch_size=batch_size or BATCH_SIZE, load_sparse_tensor=True
     )
     start = 0
     for tensors in loader:
-        found = [model.module.posterior(tensors, latent) for latent in latents]
-        rows = slice(start, start + len(found[0].loc))
+        found = model.module.posteriors(tensors)
+        rows = slice(start, start + len(found["z"].loc))
         yield rows, found
         start = rows.stop

@@ -129,7 +129,7 @@ def _encode(
     parts = defaultdict(list)
     n_cells = 0
     for tensors in dataloader:
-        parts["z"].append(module.posterior(tensors, "z").loc.cpu().numpy())
+        parts["z"].append(module.posteriors(tensors)["z"].loc.cpu().numpy())
         parts["y"].append(tensors[CONDITION_KEY].long().cpu().numpy())
         n_cells += len(parts["y"][-1])
         if n_cells >= max_cells:

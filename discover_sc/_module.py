@@ -32,7 +32,7 @@ from ._keys import (
 )
 from ._likelihoods import reconstruction_losses
 from ._losses import adversary_entropy, kl_to_standard_normal, kl_to_unit_normal
-from ._networks import Decoder, Encoder, LinearDecoder
+from ._networks import Decoder, Encoders, LinearDecoder
 from ._priors import ClassMeanPrior, LearnedPrior
 
 if TYPE_CHECKING:
@@ -140,9 +140,9 @@ class DiscoverVAE(BaseModuleClass):
 
         self.conditions = Conditions(designs or [torch.eye(n) for n in self.n_levels], dose_scales)
         n_features = self.conditions.n_features
-        sizes = (n_hidden, n_layers, dropout_rate)
-        self.z_encoder = Encoder(n_input, n_latent, *sizes)
-        self.w_encoder = Encoder(n_input, n_latent_specific, *sizes, n_features)
+        self.encoders = Encoders(
+            n_input, (n_latent, n_latent_specific), n_hidden, n_layers, dropout_rate, n_features
+        )
         self.prior = (
             LearnedPrior(n_latent, n_latent_specific, n_hidden, n_features)
             if prior == "learned"
@@ -216,9 +216,7 @@ class DiscoverVAE(BaseModuleClass):
             Positive, of shape ``(n_cells, 1)``, or None: the total count of the cell.
         """
         x = x.to(self.log_theta.device)  # tensors have been moved, sparse cells have not
-        encoded = self._transform(x)
-        qz = self.z_encoder(encoded)
-        qw = self.w_encoder(encoded, condition_features)
+        qz, qw = self.encoders(self._transform(x), condition_features)
         total = _total(x) if size_factor is None else size_factor
         return {
             QZ_KEY: qz,
@@ -234,14 +232,10 @@ class DiscoverVAE(BaseModuleClass):
         return x if self.gene_likelihood == "normal" else x.log1p()
 
     @auto_move_data
-    def posterior(
-        self, tensors: dict[str, Tensor], latent: Literal["z", "w"]
-    ) -> torch.distributions.Normal:
-        """Return the posterior of one latent of a minibatch, at the cost of one encoder."""
+    def posteriors(self, tensors: dict[str, Tensor]) -> dict[str, torch.distributions.Normal]:
+        """Return the posteriors of ``"z"`` and ``"w"`` of a minibatch, without what follows."""
         x = self._transform(tensors[REGISTRY_KEYS.X_KEY].to(self.log_theta.device))
-        if latent == "z":
-            return self.z_encoder(x)
-        return self.w_encoder(x, self.condition_features(tensors))
+        return dict(zip("zw", self.encoders(x, self.condition_features(tensors)), strict=True))
 
     # ----------------------------------------------------------------- generative
 

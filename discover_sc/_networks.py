@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Normal
 
@@ -79,30 +80,29 @@ class HiddenLayers(nn.Module):
         n_hidden: int,
         n_layers: int,
         dropout_rate: float,
-        covariates: Covariates | ConditionVectors | None = None,
+        covariates: Covariates | None = None,
     ) -> None:
         super().__init__()
         self.first = nn.Linear(n_input, n_hidden)
-        # same weights, the transpose contiguous: what products with sparse cells read
-        self.first.weight = nn.Parameter(self.first.weight.detach().t().contiguous().t())
         self.covariates = covariates
         self.activation = _activation(n_hidden, dropout_rate)
-        self.rest = nn.Sequential(
-            *(
-                nn.Sequential(nn.Linear(n_hidden, n_hidden), _activation(n_hidden, dropout_rate))
-                for _ in range(n_layers - 1)
-            )
-        )
+        self.rest = _further_layers(n_hidden, n_layers - 1, dropout_rate)
 
-    def forward(self, x: Tensor | SparseCells, *covariates: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, *covariates: Tensor | None) -> Tensor:
         """Return the last hidden layer, ``(n_cells, n_hidden)``."""
-        if isinstance(x, SparseCells):
-            first = x.linear(self.first.weight, self.first.bias)
-        else:
-            first = self.first(x)
+        first = self.first(x)
         if self.covariates is not None:
             first = first + self.covariates(*covariates)
         return self.rest(self.activation(first))
+
+
+def _further_layers(n_hidden: int, n_layers: int, dropout_rate: float) -> nn.Sequential:
+    return nn.Sequential(
+        *(
+            nn.Sequential(nn.Linear(n_hidden, n_hidden), _activation(n_hidden, dropout_rate))
+            for _ in range(n_layers)
+        )
+    )
 
 
 def _activation(n_hidden: int, dropout_rate: float) -> nn.Sequential:
@@ -110,27 +110,75 @@ def _activation(n_hidden: int, dropout_rate: float) -> nn.Sequential:
     return nn.Sequential(norm, nn.ReLU(), *([nn.Dropout(dropout_rate)] if dropout_rate else []))
 
 
-class Encoder(nn.Module):
-    """Amortised posterior: transformed expression (and conditions) to a diagonal normal."""
+class Encoders(nn.Module):
+    """Amortised posteriors of z, from expression, and of w, from expression and conditions.
+
+    Two networks without a weight in common; their first layers lie side by side, so that one
+    product with the cells serves both.
+
+    Parameters
+    ----------
+    n_input
+        Number of genes.
+    n_latents
+        Dimensions of z and of w.
+    n_hidden, n_layers
+        Width and number of the hidden layers of each.
+    dropout_rate
+        In [0, 1).
+    n_features
+        Number of features of each condition key.
+    """
 
     def __init__(
         self,
         n_input: int,
-        n_output: int,
+        n_latents: tuple[int, int],
         n_hidden: int,
         n_layers: int,
         dropout_rate: float,
-        n_features: Sequence[int] = (),
+        n_features: Sequence[int],
     ) -> None:
         super().__init__()
-        conditions = ConditionVectors(n_features, n_hidden) if n_features else None
-        self.hidden = HiddenLayers(n_input, n_hidden, n_layers, dropout_rate, conditions)
-        self.posterior = nn.Linear(n_hidden, 2 * n_output)  # means, then log variances
+        self.first = nn.Linear(n_input, 2 * n_hidden)  # of z, then of w
+        # same weights, the transpose contiguous: what products with sparse cells read
+        self.first.weight = nn.Parameter(self.first.weight.detach().t().contiguous().t())
+        self.conditions = ConditionVectors(n_features, n_hidden)
+        self.activation = _activation(2 * n_hidden, dropout_rate)
+        self.rest = nn.ModuleList(
+            _further_layers(n_hidden, n_layers - 1, dropout_rate) for _ in n_latents
+        )
+        # means, then log variances
+        self.posteriors = nn.ModuleList(nn.Linear(n_hidden, 2 * n) for n in n_latents)
 
-    def forward(self, x: Tensor | SparseCells, *condition_features: Tensor) -> Normal:
-        """Return the posterior over ``(n_cells, n_output)``."""
-        loc, log_var = self.posterior(self.hidden(x, *condition_features)).chunk(2, dim=-1)
-        return Normal(loc, torch.exp(0.5 * log_var) + _MIN_SCALE, validate_args=False)
+    def forward(self, x: Tensor | SparseCells, condition_features: Tensor) -> tuple[Normal, Normal]:
+        """Return the posteriors over ``(n_cells, n_latents[0])`` and ``(n_cells, n_latents[1])``.
+
+        Parameters
+        ----------
+        x
+            Transformed expression, ``(n_cells, n_genes)``.
+        condition_features
+            Shape ``(n_cells, n_features)``.
+        """
+        if isinstance(x, SparseCells):
+            first = x.linear(self.first.weight, self.first.bias)
+        else:
+            first = self.first(x)
+        told = self.conditions(condition_features)
+        hidden = self.activation(first + F.pad(told, (told.shape[1], 0)))
+        qz, qw = (
+            _posterior(last(rest(half)))
+            for half, rest, last in zip(
+                hidden.chunk(2, dim=1), self.rest, self.posteriors, strict=True
+            )
+        )
+        return qz, qw
+
+
+def _posterior(output: Tensor) -> Normal:
+    loc, log_var = output.chunk(2, dim=-1)
+    return Normal(loc, torch.exp(0.5 * log_var) + _MIN_SCALE, validate_args=False)
 
 
 class Decoder(nn.Module):

@@ -92,7 +92,7 @@ def _new_level(model: DISCoVeR, adata: AnnData, key: str | None) -> tuple[str, s
 
 def _vectors(module: DiscoverVAE) -> list[ConditionVectors]:
     """Return what holds the vectors of levels: in the encoder of w and in its prior."""
-    return [module.w_encoder.hidden.covariates, module.prior.conditions]
+    return [module.encoders.conditions, module.prior.conditions]
 
 
 def _starts(model: DISCoVeR, key: str) -> list[list[Tensor]]:

@@ -73,7 +73,8 @@ class ReadoutMixin:
         cells, restore = sorted_cells(adata, indices)
         first = np.empty((len(cells), self.module.n_latents[latent]), dtype=np.float32)
         second = np.empty_like(first) if return_dist else None
-        for rows, (posterior,) in posteriors(self, adata, cells, (latent,), batch_size):
+        for rows, found in posteriors(self, adata, cells, batch_size):
+            posterior = found[latent]
             own = posterior.loc if give_mean or return_dist else posterior.sample()
             first[rows] = own.cpu().numpy()
             if return_dist:

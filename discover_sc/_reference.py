@@ -136,8 +136,9 @@ def _read(
     ):
         x = tensors[REGISTRY_KEYS.X_KEY]
         rows = slice(start, start + len(x))
+        posteriors = model.module.posteriors(tensors)
         for latent, mean in means.items():
-            mean[rows] = model.module.posterior(tensors, latent).loc.cpu().numpy()
+            mean[rows] = posteriors[latent].loc.cpu().numpy()
         x = csr_matrix(_arrays(x.by_cell), x.shape) if isinstance(x, SparseCells) else x.numpy()
         pair = pair_of_cell[rows]
         weight = np.ones(len(pair))

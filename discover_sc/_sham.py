@@ -139,7 +139,7 @@ def _encode(
         condition[:, list(target)] = torch.as_tensor(
             list(target.values()), dtype=condition.dtype, device=condition.device
         )
-        relabelled = model.module.posterior({**tensors, CONDITION_KEY: condition}, "w")
+        relabelled = model.module.posteriors({**tensors, CONDITION_KEY: condition})["w"]
         latents = (outputs[QZ_KEY].loc, outputs[QW_KEY].loc, relabelled.loc)
         parts.append([latent.cpu().numpy() for latent in latents])
     return tuple(np.concatenate(latent) for latent in zip(*parts, strict=True))

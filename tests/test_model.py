@@ -211,10 +211,10 @@ def test_training_resumes_in_training_mode_and_history_goes_on(adata, tmp_path):
     model = train_small(adata)
     model.save(str(tmp_path / "model"))
     loaded = DISCoVeR.load(str(tmp_path / "model"), adata.copy(), accelerator="cpu")
-    mean = loaded.module.z_encoder.hidden.activation[0].running_mean.clone()
+    mean = loaded.module.encoders.activation[0].running_mean.clone()
     loaded.train(max_epochs=3, **QUIET)
     # in evaluation mode batch normalisation would stand still
-    assert not torch.equal(mean, loaded.module.z_encoder.hidden.activation[0].running_mean)
+    assert not torch.equal(mean, loaded.module.encoders.activation[0].running_mean)
     assert len(loaded.history["train_loss"]) == 5
     assert not loaded.module.training
 

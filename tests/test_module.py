@@ -85,8 +85,9 @@ def test_outputs_stand_for_the_likelihoods_that_may_be_left_out(gene_likelihood)
 def test_z_does_not_see_the_condition_label():
     module, tensors = make_module().eval(), make_tensors()
     flipped = {**tensors, CONDITION_KEY: 1 - tensors[CONDITION_KEY]}
-    assert torch.equal(module.posterior(tensors, "z").loc, module.posterior(flipped, "z").loc)
-    assert not torch.equal(module.posterior(tensors, "w").loc, module.posterior(flipped, "w").loc)
+    posteriors, others = module.posteriors(tensors), module.posteriors(flipped)
+    assert torch.equal(posteriors["z"].loc, others["z"].loc)
+    assert not torch.equal(posteriors["w"].loc, others["w"].loc)
 
 
 @pytest.mark.parametrize("reads", ["hidden", "both", "reconstruction", "z"])
@@ -320,5 +321,5 @@ def test_sparse_cells_follow_the_module_to_its_device(adata):
     module = model.module.to("meta")
     outputs = module.inference(**module._get_inference_input(tensors))
     assert {outputs[name].device.type for name in ("z", "w", "library")} == {"meta"}
-    for latent in ("z", "w"):
-        assert module.posterior(tensors, latent).loc.device.type == "meta"
+    for posterior in module.posteriors(tensors).values():
+        assert posterior.loc.device.type == "meta"

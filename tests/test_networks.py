@@ -6,7 +6,7 @@ from torch.distributions import Normal
 from discover_sc._networks import (
     Covariates,
     Decoder,
-    Encoder,
+    Encoders,
     HiddenLayers,
     LinearDecoder,
 )
@@ -63,40 +63,64 @@ def test_dropout_acts_in_training_and_not_in_evaluation():
     torch.testing.assert_close(hidden(x), hidden(x))
 
 
-def test_encoder_returns_a_normal_whose_scale_is_the_root_of_the_variance_it_predicts():
-    encoder = Encoder(5, 3, n_hidden=8, n_layers=1, dropout_rate=0.0).eval()
-    x = draw(N_CELLS, 5)
-    posterior = encoder(x)
-    variance = torch.exp(encoder.posterior(encoder.hidden(x))[:, 3:])
-    assert isinstance(posterior, Normal)
-    assert posterior.loc.shape == (N_CELLS, 3)
-    torch.testing.assert_close(posterior.scale, variance.sqrt(), rtol=0.0, atol=2e-4)
+def make_encoders(n_layers=1, dropout_rate=0.0, n_features=(2, 3)):
+    return Encoders(5, (3, 4), 8, n_layers, dropout_rate, n_features).eval()
 
 
-def test_encoder_scale_stays_positive_and_its_logarithm_finite():
-    encoder = Encoder(5, 3, n_hidden=8, n_layers=1, dropout_rate=0.0).eval()
-    torch.nn.init.constant_(encoder.posterior.bias, -1e4)
-    scale = encoder(draw(N_CELLS, 5)).scale
-    torch.testing.assert_close(scale, torch.full((N_CELLS, 3), 1e-4))
+def test_encoders_return_normals_whose_scale_is_the_root_of_the_variance_they_predict():
+    encoders, x, features = make_encoders(), draw(N_CELLS, 5), draw(N_CELLS, 5)
+    halves = encoders.activation(
+        encoders.first(x) + torch.cat([torch.zeros(N_CELLS, 8), encoders.conditions(features)], 1)
+    ).split(8, dim=1)
+    for posterior, half, last, n in zip(
+        encoders(x, features), halves, encoders.posteriors, (3, 4), strict=True
+    ):
+        mean, log_variance = last(half).split(n, dim=1)
+        assert isinstance(posterior, Normal)
+        torch.testing.assert_close(posterior.loc, mean)
+        root = log_variance.exp().sqrt()
+        torch.testing.assert_close(posterior.scale, root, rtol=0.0, atol=2e-4)
 
 
-def test_encoder_of_w_is_told_the_condition():
-    encoder = Encoder(5, 3, 8, 1, 0.0, n_features=[2, 3]).eval()
+def test_encoders_scale_stays_positive_and_its_logarithm_finite():
+    encoders = make_encoders()
+    for last in encoders.posteriors:
+        torch.nn.init.constant_(last.bias, -1e4)
+    for posterior in encoders(draw(N_CELLS, 5), draw(N_CELLS, 5)):
+        torch.testing.assert_close(posterior.scale, torch.full_like(posterior.scale, 1e-4))
+
+
+def test_the_encoder_of_w_alone_is_told_the_condition():
+    encoders = make_encoders()
     x, features = draw(N_CELLS, 5), torch.zeros(N_CELLS, 5)
     other = features.clone()
     other[:4, 3] = 2
-    changed = (encoder(x, features).loc != encoder(x, other).loc).any(dim=1)
-    assert changed.tolist() == [True] * 4 + [False] * (N_CELLS - 4)
+    (z, w), (other_z, other_w) = encoders(x, features), encoders(x, other)
+    assert (w.loc != other_w.loc).any(dim=1).tolist() == [True] * 4 + [False] * (N_CELLS - 4)
+    assert torch.equal(z.loc, other_z.loc)
+
+
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_the_encoders_have_no_weight_in_common(n_layers):
+    encoders, x, features = make_encoders(n_layers), draw(N_CELLS, 5), draw(N_CELLS, 5)
+    z_first, w_first = torch.autograd.grad(
+        encoders(x, features)[0].loc.sum(), encoders.first.weight
+    )[0].split(8)
+    assert z_first.any()
+    assert not w_first.any()
+    linear = [m for m in encoders.rest.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) == 2 * (n_layers - 1)
 
 
 def test_permuted_cells_have_permuted_posteriors_and_outputs():
     order = torch.randperm(N_CELLS, generator=torch.Generator().manual_seed(2))
     x, codes, continuous = draw(N_CELLS, 5), draw_codes(3), draw(N_CELLS, 2)
-    encoder = Encoder(5, 3, 8, 2, 0.1, n_features=[2]).eval()
+    encoders = make_encoders(n_layers=2, dropout_rate=0.1, n_features=[2])
     decoder = Decoder(5, 7, 8, 2, [3], n_continuous=2).eval()
-    torch.testing.assert_close(
-        encoder(x[order], continuous[order]).scale, encoder(x, continuous).scale[order]
-    )
+    for permuted, posterior in zip(
+        encoders(x[order], continuous[order]), encoders(x, continuous), strict=True
+    ):
+        torch.testing.assert_close(permuted.scale, posterior.scale[order])
     torch.testing.assert_close(
         decoder(x[order], codes[order], continuous[order]), decoder(x, codes, continuous)[order]
     )
