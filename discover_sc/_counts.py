@@ -72,12 +72,6 @@ class NonZero:
         flat.scatter_(-1, self.flat.expand(values.shape), values)
         return dense
 
-    def fill(self, dense: Tensor, value: float) -> Tensor:
-        """Overwrite these entries of a contiguous tensor with one value; return it."""
-        flat = dense.view(*dense.shape[:-2], -1)
-        flat.scatter_(-1, self.flat.expand(*flat.shape[:-1], -1), value)
-        return dense
-
     def sum_per_cell(self, values: Tensor) -> Tensor:
         """Return the sum of one value per entry over each cell, ``(n_cells,)``."""
         sums = values.new_zeros(*values.shape[:-1], self.shape[0])

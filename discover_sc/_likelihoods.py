@@ -113,28 +113,33 @@ class _Counts:
     ----------
     nonzero
         Positions of the counts.
+    theta
+        The inverse dispersion of each, ``(n_entries,)``.
     small
         The terms of every count, in the precision of theta, good for counts below 8; None if all
         are taken from ``exact``.
     exact, exact_at
         Those of the other counts, and of numbers that are no counts, in double precision, and
-        where they stand.
+        where they stand; None: everywhere.
     """
 
     def __init__(self, nonzero: NonZero, theta: Tensor) -> None:
-        self.nonzero = nonzero
-        x, picked = nonzero.values.to(theta.dtype), nonzero.pick(theta)
-        # too many thetas to tabulate; or a device that would have to tell how many are exact
-        if len(theta) > 1 or nonzero.shape[0] == 1 or x.device.type != "cpu":
-            self.small, self.exact_at = None, slice(None)
-        else:
-            row = nonzero.values.clamp(max=_N_TABULATED - 1).long()
+        self.nonzero, self.theta = nonzero, nonzero.pick(theta)
+        self.small = self.exact_at = None
+        x = nonzero.values.to(theta.dtype)
+        # else too many thetas to tabulate; or a device that would have to tell how many are exact
+        if len(theta) == 1 < nonzero.shape[0] and x.device.type == "cpu":
+            row = x.clamp(max=_N_TABULATED - 1).int()
             position = (row * theta.shape[1]).add_(nonzero.gene)
-            looked_up = _tabulate(theta[0]).flatten(1).gather(1, position.expand(2, -1))
-            self.exact_at = (nonzero.values != row).nonzero().squeeze(1)
-            self.small = _CountTerms(x, picked, *looked_up)
-        x, picked = (_wide(t[self.exact_at]) for t in (x, picked))
+            looked_up = _tabulate(theta[0]).flatten(1).index_select(1, position)
+            self.small = _CountTerms(x, self.theta, *looked_up)
+            self.exact_at = (x != row).nonzero().squeeze(1)
+        x, picked = (_wide(self.at_exact(t)) for t in (x, self.theta))
         self.exact = _CountTerms(x, picked, *_count_terms(x, picked))
+
+    def at_exact(self, entries: Tensor) -> Tensor:
+        """Return those of ``(..., n_entries)`` values that are evaluated in double precision."""
+        return entries if self.exact_at is None else entries.index_select(-1, self.exact_at)
 
 
 class _CountTerms(NamedTuple):
@@ -147,19 +152,6 @@ class _CountTerms(NamedTuple):
     theta: Tensor
     constant: Tensor
     constant_slope: Tensor
-
-    def loss(self, mu: Tensor, log_1u: Tensor) -> Tensor:
-        """Return the negative log-likelihood of each count."""
-        log_mu = torch.log(mu + _EPS)
-        return self.constant + (self.x + self.theta) * log_1u - self.x * log_mu
-
-    def slopes(self, mu: Tensor, u: Tensor, log_1u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the derivatives of each count's loss by log(mu) and by theta."""
-        positive = mu + _EPS
-        total = positive + self.theta
-        slope = mu * ((positive - self.x) / positive) * (self.theta / total)
-        weight = (self.x + self.theta) / total
-        return slope, self.constant_slope + log_1u - weight * u
 
 
 def _count_terms(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,12 +169,11 @@ def _tabulate(theta: Tensor) -> Tensor:
     Shape ``(2, n_tabulated, n_genes)``.
     """
     k = torch.arange(_N_TABULATED - 1, dtype=theta.dtype, device=theta.device).unsqueeze(1)
-    positive = theta + _EPS
-    log_steps = torch.log(k + 1) - torch.log1p((k - _EPS) / positive)
-    slope_steps = (k - _EPS) / ((k + theta) * positive)
-    table = theta.new_zeros(2, _N_TABULATED, len(theta))
-    for rows, steps in zip(table, (log_steps, slope_steps), strict=True):
-        torch.cumsum(steps, 0, out=rows[1:])
+    positive, total = theta + _EPS, theta + k
+    steps, table = theta.new_empty(2, *total.shape), theta.new_zeros(2, _N_TABULATED, len(theta))
+    torch.log((positive / total).mul_(k + 1), out=steps[0])
+    torch.div(k - _EPS, total.mul_(positive), out=steps[1])
+    torch.cumsum(steps, 1, out=table[:, 1:])
     return table
 
 
@@ -200,9 +191,9 @@ class _NegativeBinomialLosses(Function):
         scale, mu = _means(outputs, library)
         ctx.entries = _Entries(mu, counts)
         u, log_1u = _log_1u(mu, theta, out=mu)
-        counts.nonzero.fill(log_1u, 0.0)  # nothing reads the dense terms at the counts
+        counts.nonzero.put(log_1u, ctx.entries.loss().div_(counts.theta))
         ctx.save_for_backward(theta, scale, u, log_1u)
-        return counts.nonzero.sum_per_cell(ctx.entries.loss()) + _sum_weighted(log_1u, theta)
+        return _sum_weighted(log_1u, theta)
 
     @staticmethod
     @once_differentiable
@@ -323,28 +314,44 @@ class _Entries:
 
     def __init__(self, means: Tensor, counts: _Counts) -> None:
         self.counts = counts
-        self.mu = counts.nonzero.pick(means)
-        if counts.small is not None:
-            self.u, self.log_1u = _log_1u(self.mu, counts.small.theta)
-        self.exact_mu = _wide(self.mu[:, counts.exact_at])
-        self.exact_u, self.exact_log_1u = _log_1u(self.exact_mu, counts.exact.theta)
+        mu = counts.nonzero.pick(means)
+        self._small = None if counts.small is None else _AtMeans(counts.small, mu)
+        self._exact = _AtMeans(counts.exact, _wide(counts.at_exact(mu)))
+        self._dtype = mu.dtype
 
     def loss(self) -> Tensor:
         """Return the negative log-likelihood of each count."""
-        exact = self.counts.exact.loss(self.exact_mu, self.exact_log_1u).to(self.mu.dtype)
-        if self.counts.small is None:
-            return exact
-        loss = self.counts.small.loss(self.mu, self.log_1u)
-        return loss.index_copy_(1, self.counts.exact_at, exact)
+        return self._in_place(self._small and self._small.loss(), self._exact.loss())
 
     def slopes(self) -> tuple[Tensor, Tensor]:
         """Return the derivatives of each count's loss by log(mu) and by theta."""
-        exact = self.counts.exact.slopes(self.exact_mu, self.exact_u, self.exact_log_1u)
-        exact = tuple(slope.to(self.mu.dtype) for slope in exact)
-        if self.counts.small is None:
-            return exact
-        slopes = self.counts.small.slopes(self.mu, self.u, self.log_1u)
-        return tuple(
-            slope.index_copy_(1, self.counts.exact_at, own)
-            for slope, own in zip(slopes, exact, strict=True)
-        )
+        exact = self._exact.slopes()
+        small = (None, None) if self._small is None else self._small.slopes()
+        return tuple(map(self._in_place, small, exact))
+
+    def _in_place(self, small: Tensor | None, exact: Tensor) -> Tensor:
+        """Return one value per count, the exact ones in their places."""
+        exact = exact.to(self._dtype)
+        return exact if small is None else small.index_copy_(1, self.counts.exact_at, exact)
+
+
+class _AtMeans:
+    """Counts under means: all of ``(n_outputs, n_entries)``."""
+
+    def __init__(self, terms: _CountTerms, mu: Tensor) -> None:
+        self._terms, self._mu = terms, mu
+        self._positive, self._total = mu + _EPS, terms.x + terms.theta
+        self._u, self._log_1u = _log_1u(mu, terms.theta)
+
+    def loss(self) -> Tensor:
+        """Return the negative log-likelihood of each count."""
+        loss = torch.addcmul(self._terms.constant, self._total, self._log_1u)
+        return loss.addcmul_(self._terms.x, torch.log(self._positive), value=-1)
+
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of each count's loss by log(mu) and by theta."""
+        x, theta, _, constant_slope = self._terms
+        total = self._positive + theta
+        slope = (self._positive - x).div_(self._positive).mul_(self._mu).mul_(theta / total)
+        weight = torch.div(self._total, total, out=total)
+        return slope, (constant_slope + self._log_1u).addcmul_(weight, self._u, value=-1)

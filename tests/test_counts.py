@@ -42,7 +42,7 @@ def test_a_stack_of_matrices_is_read_and_written_one_by_one(kind):
     assert torch.equal(entries.pick(stack), picked)
     sums = torch.stack([entries.sum_per_cell(values) for values in picked])
     torch.testing.assert_close(entries.sum_per_cell(picked), sums)
-    filled = entries.fill(stack.clone(), 0.0)
+    filled = entries.put(stack.clone(), torch.zeros_like(picked))
     assert torch.equal(filled, torch.where(x > 0, 0.0, stack))
     assert torch.equal(entries.put(filled, picked), stack)
 
