@@ -78,7 +78,8 @@ class Adversary(nn.Module):
         """
         with torch.autocast(condition_index.device.type, enabled=False):
             shift = self.labels(labels, None) if self.told_labels else None
-            parameters = (*self.first.parameters(), *self.heads.parameters())
+            first, heads = self.first, self.heads
+            parameters = (first.weight, first.bias, heads.weight, heads.bias)
             x = representation.to(self.first.weight.dtype)
             model_loss, cross_entropy, log_prediction = _Game.apply(
                 x, condition_index, self.n_levels, targets, shift, *parameters

@@ -70,7 +70,7 @@ class Conditions(nn.Module):
         codes = condition_index.to(self.design_0.device)
         names = ("design", "added") if any(self.n_added) else ("design",)
         rows = [
-            getattr(self, f"{name}_{key}")[codes[:, key]]
+            getattr(self, f"{name}_{key}").index_select(0, codes[:, key])
             for name in names
             for key in range(len(self.n_columns))
         ]
@@ -131,7 +131,8 @@ class ConditionVectors(nn.Module):
         features
             Shape ``(n_cells, n_features)``, those of added levels last.
         """
-        weight = torch.cat([embedding.weight for embedding in self.embeddings])
+        weights = [embedding.weight for embedding in self.embeddings]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         if len(self.added) == 0:
             return features @ weight
         # two products: what is added to other levels is 0 exactly, so that they keep every bit

@@ -107,7 +107,23 @@ def _further_layers(n_hidden: int, n_layers: int, dropout_rate: float) -> nn.Seq
 
 def _activation(n_hidden: int, dropout_rate: float) -> nn.Sequential:
     norm = nn.BatchNorm1d(n_hidden, momentum=0.01, eps=0.001)
-    return nn.Sequential(norm, nn.ReLU(), *([nn.Dropout(dropout_rate)] if dropout_rate else []))
+    return nn.Sequential(norm, nn.ReLU(), *([Dropout(dropout_rate)] if dropout_rate else []))
+
+
+class Dropout(nn.Dropout):
+    """PyTorch's dropout; on the CPU with 16 random bits per entry, at half its price.
+
+    The rate is rounded to the next of 65,536.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with some entries at 0 and the others enlarged, in training; x otherwise."""
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        n_dropped = round(self.p * 2**16)  # of as many equally likely values
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= n_dropped - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - n_dropped))
 
 
 class Encoders(nn.Module):

@@ -6,6 +6,7 @@ from torch.distributions import Normal
 from discover_sc._networks import (
     Covariates,
     Decoder,
+    Dropout,
     Encoders,
     HiddenLayers,
     LinearDecoder,
@@ -61,6 +62,27 @@ def test_dropout_acts_in_training_and_not_in_evaluation():
     assert not torch.equal(hidden(x), hidden(x))
     hidden.eval()
     torch.testing.assert_close(hidden(x), hidden(x))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_at_its_rate_everywhere_and_keeps_the_mean(rate):
+    n, dropout = 40_000, Dropout(rate).train()
+    x = torch.ones(n, 7, requires_grad=True)  # an odd number: every position of a word, any column
+    dropped = dropout(x)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)], rel=1e-4)
+    four_errors = 4 * (rate * (1 - rate) / n) ** 0.5
+    for kept in (dropped > 0, dropped.view(-1, 4) > 0):
+        assert (kept.float().mean(0) - (1 - rate)).abs().max() < four_errors
+    dropped.sum().backward()
+    assert torch.equal(x.grad, dropped)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_dropout_follows_the_seed():
+    dropout, x = Dropout(0.5).train(), draw(N_CELLS, 5)
+    first, other, again = (torch.manual_seed(seed) and dropout(x) for seed in (1, 2, 1))
+    assert torch.equal(again, first)
+    assert not torch.equal(other, first)
 
 
 def make_encoders(n_layers=1, dropout_rate=0.0, n_features=(2, 3)):
