@@ -120,7 +120,7 @@ class Dropout(nn.Dropout):
         """Return x with some entries at 0 and the others enlarged, in training; x otherwise."""
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
-        n_dropped = round(self.p * 2**16)  # of as many equally likely values
+        n_dropped = min(round(self.p * 2**16), 2**16 - 1)  # of as many equally likely values
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= n_dropped - 2**15
         return x * kept.to(x.dtype).mul_(2**16 / (2**16 - n_dropped))
