@@ -141,7 +141,7 @@ class ConditionVectors(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        """Take as many added levels as were saved; none from a model saved before they existed."""
-        saved = state_dict.setdefault(f"{prefix}added", self.added[:0])
+        """Take as many added levels as were saved."""
+        saved = state_dict.get(f"{prefix}added", self.added)
         self.added = self.added.new_zeros(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)

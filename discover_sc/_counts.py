@@ -55,6 +55,10 @@ class NonZero:
         values = self.values if values is None else values
         return self.put(values.new_zeros(self.shape), values)
 
+    def sum_per_cell(self, values: Tensor) -> Tensor:
+        """Return the sum of one value per entry over each cell, ``(n_cells,)``."""
+        return values.new_zeros(self.shape[0]).scatter_add_(0, self.cell, values)
+
     # what follows also takes a stack of matrices, (..., n_cells, n_genes), and of their entries
 
     def pick(self, dense: Tensor) -> Tensor:
@@ -71,11 +75,6 @@ class NonZero:
         flat = dense.view(*dense.shape[:-2], -1)
         flat.scatter_(-1, self.flat.expand(values.shape), values)
         return dense
-
-    def sum_per_cell(self, values: Tensor) -> Tensor:
-        """Return the sum of one value per entry over each cell, ``(n_cells,)``."""
-        sums = values.new_zeros(*values.shape[:-1], self.shape[0])
-        return sums.scatter_add_(-1, self.cell.expand(values.shape), values)
 
 
 class SparseCells(NonZero):
@@ -114,9 +113,7 @@ class SparseCells(NonZero):
 
     def sum_per_cell(self, values: Tensor) -> Tensor:
         """Return the sum of one value per entry over each cell, ``(n_cells,)``."""
-        axis = values.ndim - 1
-        offsets = self.by_cell[2].expand(*values.shape[:axis], -1).contiguous()
-        return torch.segment_reduce(values, "sum", offsets=offsets, axis=axis)
+        return torch.segment_reduce(values, "sum", offsets=self.by_cell[2])
 
     @cached_property
     def by_gene(self) -> tuple[Tensor, Tensor, Tensor]:

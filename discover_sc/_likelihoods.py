@@ -1,10 +1,9 @@
 """Reconstruction losses of decoder outputs, fused: value and analytic gradient.
 
 Most counts are zero, and where :math:`x = 0` all terms in lgamma vanish. So the dense work is one
-softmax and one logarithm per cell and gene, for all decoders together; what non-zero counts add is
-evaluated on these alone, and in double precision where their terms nearly cancel: on the CPU, with
-one theta per gene, that is on large counts, otherwise on all (where the device has double
-precision).
+softmax and one logarithm per cell and gene, for all decoders together; the terms of non-zero counts
+are evaluated on these alone, and in double precision where they nearly cancel: on the CPU, with one
+theta per gene, that is on large counts, otherwise on all (where the device has double precision).
 """
 
 from __future__ import annotations
@@ -127,8 +126,9 @@ class _Counts:
         self.nonzero, self.theta = nonzero, nonzero.pick(theta)
         self.small = self.exact_at = None
         x = nonzero.values.to(theta.dtype)
-        # else too many thetas to tabulate; or a device that would have to tell how many are exact
-        if len(theta) == 1 < nonzero.shape[0] and x.device.type == "cpu":
+        # a theta per cell is too many to tabulate; other devices would have to be asked how many
+        # counts are exact
+        if len(theta) == 1 and nonzero.shape[0] > 1 and x.device.type == "cpu":
             row = x.clamp(max=_N_TABULATED - 1).int()
             position = (row * theta.shape[1]).add_(nonzero.gene)
             looked_up = _tabulate(theta[0]).flatten(1).index_select(1, position)
@@ -191,6 +191,7 @@ class _NegativeBinomialLosses(Function):
         scale, mu = _means(outputs, library)
         ctx.entries = _Entries(mu, counts)
         u, log_1u = _log_1u(mu, theta, out=mu)
+        # a count's whole loss, by theta because the sum weighs by it; backward overwrites it
         counts.nonzero.put(log_1u, ctx.entries.loss().div_(counts.theta))
         ctx.save_for_backward(theta, scale, u, log_1u)
         return _sum_weighted(log_1u, theta)
@@ -321,7 +322,8 @@ class _Entries:
 
     def loss(self) -> Tensor:
         """Return the negative log-likelihood of each count."""
-        return self._in_place(self._small and self._small.loss(), self._exact.loss())
+        small = None if self._small is None else self._small.loss()
+        return self._in_place(small, self._exact.loss())
 
     def slopes(self) -> tuple[Tensor, Tensor]:
         """Return the derivatives of each count's loss by log(mu) and by theta."""

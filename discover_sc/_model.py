@@ -281,8 +281,6 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         TypeError
             If the description is no DataFrame.
         """
-        if source_registry is not None and _SEPARATOR not in source_registry["setup_args"]:
-            combination_separator = None  # saved before combinations were known
         setup_method_args = cls._get_setup_method_args(**locals())
         del setup_method_args["setup_args"]["source_registry"]
         condition_keys = condition_keys_of(condition_key)

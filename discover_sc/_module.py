@@ -233,7 +233,7 @@ class DiscoverVAE(BaseModuleClass):
 
     @auto_move_data
     def posteriors(self, tensors: dict[str, Tensor]) -> dict[str, torch.distributions.Normal]:
-        """Return the posteriors of ``"z"`` and ``"w"`` of a minibatch, without what follows."""
+        """Return the posteriors of ``"z"`` and ``"w"`` of a minibatch, and draw nothing."""
         x = self._transform(tensors[REGISTRY_KEYS.X_KEY].to(self.log_theta.device))
         return dict(zip("zw", self.encoders(x, self.condition_features(tensors)), strict=True))
 

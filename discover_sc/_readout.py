@@ -90,8 +90,16 @@ class ReadoutMixin:
             Cells to encode and to write to; None: those the model was set up with.
         """
         target = self.adata if adata is None else adata
-        for key, latent in ((OBSM_Z_KEY, "z"), (OBSM_W_KEY, "w")):
-            target.obsm[key] = self.get_latent_representation(target, latent=latent)
+        self._check_if_trained(warn=False, message=_UNTRAINED)
+        registered = self._validate_anndata(target)
+        means = {
+            latent: np.empty((target.n_obs, n), dtype=np.float32)
+            for latent, n in self.module.n_latents.items()
+        }
+        for rows, found in posteriors(self, registered, np.arange(target.n_obs)):
+            for latent, posterior in found.items():
+                means[latent][rows] = posterior.loc.cpu().numpy()
+        target.obsm[OBSM_Z_KEY], target.obsm[OBSM_W_KEY] = means["z"], means["w"]
 
     def get_loadings(self) -> pd.DataFrame:
         """Weights of z and w on the log expression of each gene, of the full reconstruction.

@@ -56,8 +56,7 @@ def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
     z = model.get_latent_representation(indices=cells)
     some = np.random.default_rng(0).permutation(len(cells))[:_MAX_CLUSTERED]
     centers = cluster_groups(z[np.sort(some)]).cluster_centers_
-    known = _encode(model, model.adata, cells, _nearest(z, centers), z)
-    return {"cluster_centers": centers} | known
+    return {"cluster_centers": centers} | _encode(model, model.adata, cells, _nearest(z, centers))
 
 
 def grow_reference(model: DISCoVeR, adata: AnnData) -> None:
@@ -80,13 +79,9 @@ def grow_reference(model: DISCoVeR, adata: AnnData) -> None:
 
 
 def _encode(
-    model: DISCoVeR,
-    adata: AnnData,
-    cells: np.ndarray,
-    groups: np.ndarray,
-    z: np.ndarray | None = None,
+    model: DISCoVeR, adata: AnnData, cells: np.ndarray, groups: np.ndarray
 ) -> dict[str, np.ndarray | None]:
-    """Return what the reference holds of some cells, given their groups and, if known, their z."""
+    """Return what the reference holds of some cells, given their groups."""
     codes, doses = model._condition_codes(adata)[cells], model._doses_of(adata)
     keys = pd.DataFrame(codes).assign(group=groups)
     if doses is not None:
@@ -95,39 +90,28 @@ def _encode(
     cells, keys = cells[kept], keys.iloc[kept]
     grouped = keys.groupby(list(keys), sort=True)
     pair_of_cell, pairs = grouped.ngroup().to_numpy(), grouped.size().reset_index(name="n_cells")
-    latents = {} if z is None else {"z": z[kept]}
-    missing = [name for name in ("z", "w") if name not in latents]
-    read = _read(model, adata, cells, pair_of_cell, missing)
-    return (
-        latents
-        | read
-        | {
-            "condition_codes": codes[kept],
-            "doses": None if doses is None else doses[cells],
-            "groups": groups[kept],
-            "profile_codes": pairs[list(range(codes.shape[1]))].to_numpy(),
-            "profile_doses": None if doses is None else pairs["dose"].to_numpy(),
-            "profile_groups": pairs["group"].to_numpy(dtype=str),
-            "profile_n_cells": pairs["n_cells"].to_numpy(),
-        }
-    )
+    return _read(model, adata, cells, pair_of_cell) | {
+        "condition_codes": codes[kept],
+        "doses": None if doses is None else doses[cells],
+        "groups": groups[kept],
+        "profile_codes": pairs[list(range(codes.shape[1]))].to_numpy(),
+        "profile_doses": None if doses is None else pairs["dose"].to_numpy(),
+        "profile_groups": pairs["group"].to_numpy(dtype=str),
+        "profile_n_cells": pairs["n_cells"].to_numpy(),
+    }
 
 
 @torch.inference_mode()
 def _read(
-    model: DISCoVeR,
-    adata: AnnData,
-    cells: np.ndarray,
-    pair_of_cell: np.ndarray,
-    latents: Sequence[str],
+    model: DISCoVeR, adata: AnnData, cells: np.ndarray, pair_of_cell: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return, in one pass over the cells, what is kept of them.
 
-    Posterior means of latents by name; of each pair's cells the profile, ``(n_pairs, n_genes)``,
+    Posterior means of z and w; of each pair's cells the profile, ``(n_pairs, n_genes)``,
     and the means of one over the library size and of its logarithm (0, 0 without counts).
     """
-    sizes = {latent: model.module.n_latents[latent] for latent in latents}
-    means = {k: np.empty((len(cells), n), dtype=np.float32) for k, n in sizes.items()}
+    sizes = model.module.n_latents.items()
+    means = {latent: np.empty((len(cells), n), dtype=np.float32) for latent, n in sizes}
     n_cells = np.bincount(pair_of_cell)
     sums, start = np.zeros((len(n_cells), adata.n_vars)), 0
     libraries = np.zeros((2, len(n_cells)))
@@ -136,9 +120,8 @@ def _read(
     ):
         x = tensors[REGISTRY_KEYS.X_KEY]
         rows = slice(start, start + len(x))
-        posteriors = model.module.posteriors(tensors)
-        for latent, mean in means.items():
-            mean[rows] = posteriors[latent].loc.cpu().numpy()
+        for latent, posterior in model.module.posteriors(tensors).items():
+            means[latent][rows] = posterior.loc.cpu().numpy()
         x = csr_matrix(_arrays(x.by_cell), x.shape) if isinstance(x, SparseCells) else x.numpy()
         pair = pair_of_cell[rows]
         weight = np.ones(len(pair))

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from fitting import train_small
 
 from discover_sc import DISCoVeR
@@ -184,27 +183,3 @@ def test_class_means_cannot_take_combinations_apart():
     DISCoVeR.setup_anndata(adata, condition_key="condition")
     with pytest.raises(ValueError, match=r"combinations, which prior='class_mean' cannot take"):
         DISCoVeR(adata, prior="class_mean")
-
-
-def test_a_model_saved_before_combinations_were_known_loads_with_levels_that_share_nothing(
-    tmp_path,
-):
-    """It wrote neither the new arguments nor the new attributes and buffers."""
-    adata = combined()
-    model = train_small(adata, {"combination_separator": None})
-    model.save(tmp_path / "model")
-    path = tmp_path / "model" / "model.pt"
-    saved = torch.load(path, weights_only=False)
-    arguments = saved["attr_dict"]["registry_"]["setup_args"]
-    for name in ("combination_separator", "condition_embedding", "dose_key"):
-        del arguments[name]
-    for name in ("added_levels_", "doses_"):
-        del saved["attr_dict"][name]
-    for name in [name for name in saved["model_state_dict"] if name.endswith(".added")]:
-        del saved["model_state_dict"][name]
-    torch.save(saved, path)
-    loaded = DISCoVeR.load(tmp_path / "model", adata.copy(), accelerator="cpu")
-    first, second = (m.get_latent_representation(latent="w") for m in (model, loaded))
-    assert np.array_equal(first, second)
-    with pytest.raises(ValueError, match=r"Condition 'B\+A' of 'condition' is not known"):
-        loaded.predict_counterfactual(controls(model), to="B+A")

@@ -38,7 +38,7 @@ def test_a_key_that_gains_categories_leaves_the_vectors_of_the_other_key_alone()
 
 def test_covariates_enter_before_the_batch_normalisation():
     # a vector common to all cells of a minibatch is then subtracted with the mean
-    hidden = HiddenLayers(5, 8, 1, 0.0, Covariates([2], 0, 8)).train()
+    hidden = HiddenLayers(5, 8, 1, Covariates([2], 0, 8)).train()
     x, same = draw(N_CELLS, 5), torch.zeros(N_CELLS, 1, dtype=torch.long)
     torch.testing.assert_close(
         hidden(x, same, None), hidden(x, same + 1, None), rtol=1e-4, atol=1e-5
@@ -49,55 +49,64 @@ def test_covariates_enter_before_the_batch_normalisation():
 
 @pytest.mark.parametrize("n_layers", [1, 3])
 def test_hidden_layers_have_as_many_linear_maps_as_asked_for(n_layers):
-    hidden = HiddenLayers(5, 8, n_layers, 0.0).eval()
+    hidden = HiddenLayers(5, 8, n_layers).eval()
     linear = [m for m in hidden.modules() if isinstance(m, torch.nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(5, 8)] + [(8, 8)] * (n_layers - 1)
     assert hidden(draw(N_CELLS, 5)).shape == (N_CELLS, 8)
 
 
-def test_dropout_acts_in_training_and_not_in_evaluation():
-    hidden = HiddenLayers(5, 64, 1, 0.5)
-    x = draw(N_CELLS, 5)
-    hidden.train()
-    assert not torch.equal(hidden(x), hidden(x))
-    hidden.eval()
-    torch.testing.assert_close(hidden(x), hidden(x))
-
-
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_drops_at_its_rate_everywhere_and_keeps_the_mean(rate):
-    n, dropout = 40_000, Dropout(rate).train()
-    x = torch.ones(n, 7, requires_grad=True)  # an odd number: every position of a word, any column
+def test_dropout_drops_every_entry_alone_at_its_rate_and_keeps_the_mean(rate):
+    n, dropout = 40_001, Dropout(rate).train()  # no multiple of the 4 entries of a word
+    x = torch.ones(n, 7, requires_grad=True)
     dropped = dropout(x)
     assert dropped.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)], rel=1e-4)
-    four_errors = 4 * (rate * (1 - rate) / n) ** 0.5
-    for kept in (dropped > 0, dropped.view(-1, 4) > 0):
-        assert (kept.float().mean(0) - (1 - rate)).abs().max() < four_errors
+    variance = rate * (1 - rate)
+    for kept in (dropped > 0, (dropped > 0).flatten()[: 4 * n].view(-1, 4)):
+        kept = kept.double()
+        assert (kept.mean(0) - (1 - rate)).abs().max() < 4 * (variance / n) ** 0.5
+        covariance = kept.T.cov()
+        assert (covariance.diagonal() - variance).abs().max() < 4 * (variance / n) ** 0.5
+        covariance.fill_diagonal_(0.0)
+        assert covariance.abs().max() < 4 * variance / n**0.5
     dropped.sum().backward()
     assert torch.equal(x.grad, dropped)
     assert torch.equal(dropout.eval()(x), x)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (1, 1), (0, 5), (2, 3, 5)], ids=str)
+def test_dropout_keeps_any_shape_and_type_on_any_device(shape):
+    for options in ({"dtype": torch.bfloat16}, {"device": "meta"}):
+        x = torch.ones(shape, **options)
+        dropped = Dropout(0.1).train()(x)
+        assert (dropped.shape, dropped.dtype, dropped.device) == (x.shape, x.dtype, x.device)
+
+
 def test_dropout_follows_the_seed():
     dropout, x = Dropout(0.5).train(), draw(N_CELLS, 5)
-    first, other, again = (torch.manual_seed(seed) and dropout(x) for seed in (1, 2, 1))
-    assert torch.equal(again, first)
-    assert not torch.equal(other, first)
+
+    def after(seed):
+        torch.manual_seed(seed)
+        return dropout(x)
+
+    assert torch.equal(after(1), after(1))
+    assert not torch.equal(after(1), after(2))
 
 
 def make_encoders(n_layers=1, dropout_rate=0.0, n_features=(2, 3)):
     return Encoders(5, (3, 4), 8, n_layers, dropout_rate, n_features).eval()
 
 
-def test_encoders_return_normals_whose_scale_is_the_root_of_the_variance_they_predict():
-    encoders, x, features = make_encoders(), draw(N_CELLS, 5), draw(N_CELLS, 5)
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_encoders_return_normals_whose_scale_is_the_root_of_the_variance_they_predict(n_layers):
+    encoders, x, features = make_encoders(n_layers), draw(N_CELLS, 5), draw(N_CELLS, 5)
     halves = encoders.activation(
         encoders.first(x) + torch.cat([torch.zeros(N_CELLS, 8), encoders.conditions(features)], 1)
     ).split(8, dim=1)
-    for posterior, half, last, n in zip(
-        encoders(x, features), halves, encoders.posteriors, (3, 4), strict=True
+    for posterior, half, rest, head, n in zip(
+        encoders(x, features), halves, encoders.rest, encoders.heads, (3, 4), strict=True
     ):
-        mean, log_variance = last(half).split(n, dim=1)
+        mean, log_variance = head(rest(half)).split(n, dim=1)
         assert isinstance(posterior, Normal)
         torch.testing.assert_close(posterior.loc, mean)
         root = log_variance.exp().sqrt()
@@ -106,8 +115,8 @@ def test_encoders_return_normals_whose_scale_is_the_root_of_the_variance_they_pr
 
 def test_encoders_scale_stays_positive_and_its_logarithm_finite():
     encoders = make_encoders()
-    for last in encoders.posteriors:
-        torch.nn.init.constant_(last.bias, -1e4)
+    for head in encoders.heads:
+        torch.nn.init.constant_(head.bias, -1e4)
     for posterior in encoders(draw(N_CELLS, 5), draw(N_CELLS, 5)):
         torch.testing.assert_close(posterior.scale, torch.full_like(posterior.scale, 1e-4))
 
@@ -125,13 +134,35 @@ def test_the_encoder_of_w_alone_is_told_the_condition():
 @pytest.mark.parametrize("n_layers", [1, 3])
 def test_the_encoders_have_no_weight_in_common(n_layers):
     encoders, x, features = make_encoders(n_layers), draw(N_CELLS, 5), draw(N_CELLS, 5)
-    z_first, w_first = torch.autograd.grad(
-        encoders(x, features)[0].loc.sum(), encoders.first.weight
-    )[0].split(8)
-    assert z_first.any()
-    assert not w_first.any()
-    linear = [m for m in encoders.rest.modules() if isinstance(m, torch.nn.Linear)]
-    assert len(linear) == 2 * (n_layers - 1)
+    names, parameters = zip(*encoders.named_parameters(), strict=True)
+
+    def moved_by(posterior):
+        """Return what a posterior depends on; of what both lie in, which half."""
+        found = set()
+        gradients = torch.autograd.grad(
+            posterior.loc.sum(), parameters, retain_graph=True, allow_unused=True
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None and gradient.any():
+                halves = gradient.split(8) if name.startswith(("first", "activation")) else ()
+                found |= {f"{name} {k}" for k, half in enumerate(halves) if half.any()} or {name}
+        return found
+
+    of_z, of_w = map(moved_by, encoders(x, features))
+    assert not of_z & of_w
+    assert {name.split(".")[0] for name in of_w - of_z} >= {"first", "conditions", "heads"}
+    assert not any(name.startswith("conditions") for name in of_z)
+    for own, k in ((of_z, 0), (of_w, 1)):
+        assert {f"first.weight {k}", f"heads.{k}.weight"} <= own
+        assert any(name.startswith(f"rest.{k}.") for name in own) == (n_layers > 1)
+
+
+def test_dropout_acts_on_both_posteriors_in_training_and_not_in_evaluation():
+    encoders, x, features = make_encoders(dropout_rate=0.5), draw(N_CELLS, 5), draw(N_CELLS, 5)
+    for training in (True, False):
+        encoders.train(training)
+        for first, second in zip(encoders(x, features), encoders(x, features), strict=True):
+            assert torch.equal(first.loc, second.loc) != training
 
 
 def test_permuted_cells_have_permuted_posteriors_and_outputs():
