@@ -139,7 +139,7 @@ def measured(options):
 
 
 def compare_cells(options):
-    """Return the cost of a step on the most cells between two runs on 10,000 of them."""
+    """Print the cost of a step on the most cells between two runs on 10,000 of them."""
     few, rows = BASE["n_cells"], []
     for n_cells, n_epochs in ((few, 41), (options.max_cells, 1), (few, 41)):
         size = BASE | {"n_genes": 500, "n_cells": n_cells}
