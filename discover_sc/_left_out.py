@@ -27,6 +27,8 @@ class LeftOut:
         Observed minus predicted changes, ``(n_left_out, n_genes)``.
     """
 
+    _shared = 0.0  # share of the squared error that a second estimate makes, too
+
     def __init__(
         self,
         control: np.ndarray,
@@ -44,12 +46,14 @@ class LeftOut:
         Inverse variances: that of this estimate is its squared error where it was left out, of
         each gene; that of the second one is the same for all genes. So genes that are badly
         predicted are left to the second estimate. Its variance is :meth:`variance_beside`, unless
-        the two lie further apart than that allows: with independent errors
+        the two lie further apart than that allows. What both get wrong alike does not
+        tell them apart, so only errors that are independent count:
 
-        .. math:: \overline{(a - b)^2} = \sigma_a^2 + \sigma_b^2,
+        .. math:: \overline{(a - b)^2} = (1 - s)\, \sigma_a^2 + \sigma_b^2,
 
-        and :math:`\sigma_a^2` is the squared error without the noise of what was left out (if that
-        is known).
+        where :math:`\sigma_a^2` is the squared error without the noise of what was left out (if
+        that is known) and s the share of it that the second estimate makes, too (0 but for
+        described treatments).
 
         Parameters
         ----------
@@ -61,8 +65,8 @@ class LeftOut:
         if mean == 0:
             return np.ones_like(variance)
         if self._noise is not None:
-            own_share = max(1.0 - self._noise / mean, _LEAST_SHARE)
-            # as if both variances held that noise, which the weight does not depend on then
+            own_share = (1.0 - self._shared) * max(1.0 - self._noise / mean, _LEAST_SHARE)
+            # as if both variances held noise and shared errors: the weight depends on neither then
             second = max(second, float((apart**2).mean()) / own_share - mean)
         return second / (second + variance)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from scvi import settings
 
 from ._borrowed_effects import BorrowedEffects, KnownChanges
 from ._calibration import OwnChange
+from ._described_effects import DescribedEffects
 from ._group_effects import GroupEffects
 from ._reference import GroupProfile, group_profiles
 from ._response_factors import FactorEffects
@@ -26,7 +29,7 @@ _LEAST_TREATMENTS = 3  # below, they tell nothing of how groups differ
 class ObservedChanges(NamedTuple):
     """What tells of the change of one group of source cells; None where nothing does."""
 
-    effects: GroupEffects | BorrowedEffects | FactorEffects | None
+    effects: GroupEffects | BorrowedEffects | FactorEffects | DescribedEffects | None
     own: OwnChange | None
 
 
@@ -51,6 +54,8 @@ def observed_changes(
         Groups of the source cells.
     """
     sources, targets = _sides(model, target, source_codes, source_dose)
+    if target.described and model.dose_key is None:
+        return _described(model, target, source_codes, sources, groups)
     matched = [group for group in sources if group in targets]
     if not matched:
         return [ObservedChanges(None, None) for _ in groups]
@@ -223,6 +228,48 @@ def _borrowed(
         seen=seen,
         n_cells=np.array([targets[names[k]].n_cells for k in seen]),
     )
+    return [
+        ObservedChanges(effects.of(names.index(g) if g in names else None), None) for g in groups
+    ]
+
+
+def _described(
+    model: DISCoVeR,
+    target: Target,
+    source_codes: np.ndarray,
+    sources: dict[str, GroupProfile],
+    groups: Sequence[str],
+) -> list[ObservedChanges]:
+    """Return what known treatments tell of a described one, for each group of source cells."""
+    [(position, new)] = target.described.items()
+    names = list(sources)
+    levels = _registered_levels(target, position, source_codes)
+    known = [replace(target, asked={position: n}, described={}) for n in levels]
+    treated = _profiles_under(model, known)
+    seen = [k for k, profiles in enumerate(treated) if any(g in profiles for g in names)]
+    if len(seen) < _LEAST_TREATMENTS:
+        return [ObservedChanges(None, None) for _ in groups]
+    treated = [treated[k] for k in seen]
+    variances = _variances(model, [(sources[g], p[g]) for p in treated for g in names if g in p])
+    effects = DescribedEffects(
+        KnownChanges(
+            np.stack([_changes(sources, profiles) for profiles in treated]),
+            np.array([[p[g].n_cells if g in p else 0 for g in names] for p in treated]),
+        ),
+        control=np.stack([sources[g].profile for g in names]),
+        rows=np.stack([target.keys[position].row(levels[k]) for k in seen]),
+        new=new,
+        noise=None if variances is None else float(variances.mean()),
+    )
+    if not effects.tells:
+        warnings.warn(
+            "Registered treatments that are left out are predicted from their description no "
+            f"better than by the mean of the others (R2 {max(effects.scores.values()):.2f} "
+            f"against {effects.score_of_mean:.2f}). Do not trust predictions from it; use another "
+            "description, or more treatments.",
+            UserWarning,
+            stacklevel=settings.warnings_stacklevel,
+        )
     return [
         ObservedChanges(effects.of(names.index(g) if g in names else None), None) for g in groups
     ]

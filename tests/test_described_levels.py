@@ -1,17 +1,23 @@
 """Treatments known by a description, and treatments never seen."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
 from fitting import train_small
+from sklearn.metrics import r2_score
 
 from discover_sc import DISCoVeR
 from discover_sc._levels import DescribedLevels, checked_table
 from discover_sc.data import simulate
 from discover_sc.evaluation import embedding_ablation, log_mean_profile
 
-# targets that no group was seen under
-pytestmark = pytest.mark.filterwarnings("ignore:The median support")
+# targets that no group was seen under, and descriptions that are noise
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The median support"),
+    pytest.mark.filterwarnings("ignore:Registered treatments that are left out"),
+]
 
 LEVELS = ["ctrl", "treat_1", "treat_2", "treat_3"]
 
@@ -73,6 +79,58 @@ def test_a_level_without_cells_leaves_auto_the_prior_and_refuses_comparisons(mod
     assert predicted.uns["discover_counterfactual"]["ways"] == ["abduction"]
     with pytest.raises(ValueError, match=r"no cell under \['new_1'\], which method='shift'"):
         model.predict_counterfactual(controls(model), to=table, method="shift")
+
+
+def test_the_interval_of_a_described_level_is_that_of_left_out_treatments(model):
+    table = model.adata.uns["drugs"].loc[["new_1"]]
+    predicted = model.predict_counterfactual(controls(model), to=table, n_samples=2)
+    mean, lower, upper = (
+        predicted.varm[f"discover_mean{end}"].to_numpy() for end in ("", "_lower", "_upper")
+    )
+    assert ((lower < mean) & (mean < upper)).all()
+    choice = model.counterfactual_choice_["ctrl"]
+    assert choice["n_left_out"] == 3 * 2  # treatments and types
+    assert choice["penalty"] in choice["lfc_r2_by_penalty"]
+    assert 0.3 < choice["mean_weight_of_observed_changes"] <= 1
+
+
+def test_two_treatments_are_too_few_to_leave_any_out():
+    adata = described(n_conditions=3)
+    few = train_small(adata, {"condition_embedding": "drugs", "labels_key": "cell_type"})
+    table = adata.uns["drugs"].loc[["new_1"]]
+    predicted = few.predict_counterfactual(controls(few), to=table, n_samples=2)
+    assert predicted.varm["discover_mean_lower"].isna().all(axis=None)
+    assert few.counterfactual_choice_["ctrl"]["mean_weight_of_observed_changes"] == 0
+
+
+def test_what_the_description_tells_is_seen_on_left_out_treatments():
+    _, adata, table = told(np.random.default_rng(0))
+    wrong = table.copy()
+    wrong.loc["t0":] = np.roll(table.loc["t0":].to_numpy(), 5)
+    held_out = ["t3", "t7", "t11"]
+    training = adata[~adata.obs["condition"].isin(held_out).to_numpy()].copy()
+    training.obs["one_type"] = "cell"
+    base, scores = log_mean_profile(training.X[training.obs["condition"] == "ctrl"]), {}
+    for name, rows in (("given", table), ("shuffled", wrong)):
+        training.uns["drugs"] = rows
+        model = train_small(training, {"condition_embedding": "drugs", "labels_key": "one_type"})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            predicted = model.predict_counterfactual(
+                controls(model), to=rows.loc[held_out], n_samples=2
+            )
+        mute = any("no better than by the mean of the others" in str(w.message) for w in caught)
+        assert mute == (name == "shuffled")
+        scores[name] = np.mean(
+            [
+                r2_score(
+                    log_mean_profile(adata.X[adata.obs["condition"] == level]) - base,
+                    log_mean_profile(predicted[predicted.obs["condition"] == level].X) - base,
+                )
+                for level in held_out
+            ]
+        )
+    assert scores["given"] > 0.5 > 0.2 > scores["shuffled"]
 
 
 def test_the_table_is_saved_with_the_model(model, tmp_path):
