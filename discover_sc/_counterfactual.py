@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 import torch
+from scipy.stats import hmean
 from sklearn.cluster import KMeans
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
@@ -30,6 +31,8 @@ Method = Literal["auto", "shift", "prior", "abduction", "neighbors", "groups", "
 METHODS: tuple[str, ...] = get_args(Method)
 
 MIN_GROUP_CELLS = 5
+_CELLS_PER_CLUSTER = 25  # of a condition
+_MAX_CLUSTERS = 10
 _N_NEIGHBORS = 15
 _N_VOTES = 30
 _RIDGE = 1.0
@@ -76,13 +79,15 @@ class Reference:
         return mask if mask.any() else side
 
 
-def cluster_groups(z: np.ndarray, seed: int = 0) -> KMeans:
-    """Clusters of z, which stand for cell types where none are given: k-means, at most 10.
+def cluster_groups(z: np.ndarray, n_clusters: int, seed: int = 0) -> KMeans:
+    """Clusters of z by k-means, which stand for cell types where none are given.
 
     Parameters
     ----------
     z
         Posterior means, shape ``(n_cells, n_latent)``.
+    n_clusters
+        Their number.
     seed
         Seed of k-means.
 
@@ -90,8 +95,22 @@ def cluster_groups(z: np.ndarray, seed: int = 0) -> KMeans:
     -------
     The fitted clusters: ``labels_`` of these cells, and ``predict`` for others.
     """
-    n_clusters = int(np.clip(len(z) // 50, 1, 10))
     return KMeans(n_clusters, n_init=3, random_state=seed).fit(z)
+
+
+def n_clusters_for(condition_codes: np.ndarray) -> int:
+    """Number of clusters that leaves 25 cells of a condition in each, from 1 to 10.
+
+    The noise of a change is that of both conditions that it lies between, each as one over its
+    cells; so a typical number of cells is the harmonic mean over the conditions.
+
+    Parameters
+    ----------
+    condition_codes
+        Of the cells to be clustered, ``(n_cells, n_condition_keys)``.
+    """
+    _, n_cells = np.unique(condition_codes, axis=0, return_counts=True)
+    return int(np.clip(hmean(n_cells) // _CELLS_PER_CLUSTER, 1, _MAX_CLUSTERS))
 
 
 class Way(Protocol):

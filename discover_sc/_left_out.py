@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
 _N_ALIKE = 300  # left-out genes whose errors tell the error of a gene like them
+_MOST_COMPARED = 200_000  # left-out genes among which they are searched, drawn at random
 _LEAST_SHARE = 0.1  # of the mean squared error that is not the noise of what was left out
 
 
@@ -78,17 +79,23 @@ class LeftOut:
         """Return the expected squared error of predicted genes, ``(n_genes,)``.
 
         What was left out tells little of a single gene, so its own mean squared error is
-        averaged with that of the 300 left-out predictions nearest in level and in absolute change;
-        both count alike. It holds the sampling noise of an observed
-        profile, since the errors were measured against observed profiles.
+        averaged with that of the 300 left-out predictions nearest in level and in absolute change
+        (among at most 200,000 of them, drawn at random); both count alike. It holds the sampling
+        noise of an observed profile, since the errors were measured against observed profiles.
 
         Parameters
         ----------
         profile, change
             Predicted profile after treatment and its change, ``(n_genes,)`` each.
         """
-        features = np.column_stack([self._levels.ravel(), np.abs(self._left_out).ravel()])
+        compared = np.arange(self.errors.size)
+        if len(compared) > _MOST_COMPARED:
+            compared = np.random.default_rng(0).choice(compared, _MOST_COMPARED, replace=False)
+        levels, left_out, errors = (
+            values.ravel()[compared] for values in (self._levels, self._left_out, self.errors)
+        )
+        features = np.column_stack([levels, np.abs(left_out)])
         index = NearestNeighbors(n_neighbors=min(_N_ALIKE, len(features))).fit(features)
         alike = index.kneighbors(np.column_stack([profile, np.abs(change)]), return_distance=False)
-        of_alike = (self.errors.ravel()[alike] ** 2).mean(axis=1)
+        of_alike = (errors[alike] ** 2).mean(axis=1)
         return ((self.errors**2).mean(axis=0) + of_alike) / 2

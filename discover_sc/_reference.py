@@ -12,7 +12,7 @@ from scvi import REGISTRY_KEYS
 from sklearn.metrics import pairwise_distances_argmin
 
 from ._calibration import PROFILE_LIBRARY
-from ._counterfactual import MIN_GROUP_CELLS, cluster_groups
+from ._counterfactual import MIN_GROUP_CELLS, cluster_groups, n_clusters_for
 from ._counts import SparseCells
 from ._encoding import BATCH_SIZE
 
@@ -55,7 +55,8 @@ def encode_reference(model: DISCoVeR) -> dict[str, np.ndarray | None]:
         return {"cluster_centers": None} | _encode(model, model.adata, cells, groups)
     z = model.get_latent_representation(indices=cells)
     some = np.random.default_rng(0).permutation(len(cells))[:_MAX_CLUSTERED]
-    centers = cluster_groups(z[np.sort(some)]).cluster_centers_
+    n_clusters = n_clusters_for(model._condition_codes(model.adata)[cells])
+    centers = cluster_groups(z[np.sort(some)], n_clusters).cluster_centers_
     return {"cluster_centers": centers} | _encode(model, model.adata, cells, _nearest(z, centers))
 
 

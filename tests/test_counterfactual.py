@@ -14,6 +14,7 @@ from discover_sc._counterfactual import (
     Shift,
     choose_way,
     cluster_groups,
+    n_clusters_for,
 )
 from discover_sc._module import DiscoverVAE
 
@@ -171,10 +172,25 @@ def test_an_unknown_method_is_refused_with_the_known_ones(module):
         choose_way("ot", module, SOURCE, TARGET)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([100, 100], 4),  # 25 of each condition in a cluster
+        ([24, 24], 1),
+        ([5000, 5000], 10),
+        ([30, 5000, 5000], 3),  # changes from few cells are noisy, whatever the others
+        ([10] + 50 * [200], 5),  # one rare condition of many is no typical one
+    ],
+)
+def test_clusters_hold_enough_cells_of_a_typical_condition(sizes, expected):
+    codes = np.repeat(np.arange(len(sizes)), sizes)[:, None]
+    assert n_clusters_for(codes) == expected
+
+
 def test_clusters_of_z_stand_for_groups():
     z = make_reference(constant).z
-    clusters = cluster_groups(z).labels_
-    assert len(np.unique(clusters)) == 4  # one per 50 cells, at most 10
+    clusters = cluster_groups(z, 4).labels_
+    assert len(np.unique(clusters)) == 4
     for group in range(3):  # no cluster spans two groups
         members = clusters[group * 80 : (group + 1) * 80]
         others = np.delete(clusters, slice(group * 80, (group + 1) * 80))

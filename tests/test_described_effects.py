@@ -10,7 +10,7 @@ STRENGTH = np.array([0.8, 1.2])
 
 
 def world(rng, noise=0.1):
-    """Treatments whose effects follow linearly from 3 of 5 features, in 2 groups; the last is new."""
+    """Treatments whose effects follow from 3 of 5 features, in 2 groups; the last is new."""
     rows = rng.normal(size=(N_TREATMENTS + 1, 5)) / np.sqrt(5)
     effects = rows[:, :3] @ rng.normal(size=(3, N_GENES))
     changes = STRENGTH[:, None] * effects[:, None]

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
+from discover_sc import _left_out
 from discover_sc._group_effects import GroupEffects
+from discover_sc._left_out import LeftOut
 
 RNG = np.random.default_rng(0)
 
@@ -138,3 +140,16 @@ def test_noise_alone_moves_no_profile():
     control, treated = profile + rng.normal(0, noise, (2, 4, 2000))
     effects = GroupEffects(control, treated, np.full((4, 2000), 2 * noise**2))
     assert abs(effects.change(profile).mean()) < 0.01
+
+
+def test_very_many_left_out_changes_tell_the_error_of_a_gene_as_all_of_them_would(monkeypatch):
+    rng = np.random.default_rng(0)
+    control = rng.uniform(0, 4, (8, 2000))
+    errors = (0.1 + 0.2 * control) * rng.normal(size=control.shape)  # larger in higher genes
+    left_out = LeftOut(control, np.zeros_like(control), errors)
+    change = np.zeros(2000)
+    of_all = left_out.error_variance(control[0], change)
+    monkeypatch.setattr(_left_out, "_MOST_COMPARED", 4000)
+    of_some = left_out.error_variance(control[0], change)
+    assert not np.array_equal(of_some, of_all)
+    np.testing.assert_allclose(of_some, of_all, rtol=0.25)

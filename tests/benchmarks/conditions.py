@@ -18,7 +18,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import scvi
+from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from discover_sc import DISCoVeR, evaluation
 from discover_sc.evaluation import additive_shift, log_mean_profile
@@ -219,38 +222,76 @@ def embedding(seeds):
         held_out = list(world.rng.choice(names[1:], 8, replace=False))
         truth = {n: world.cells(table.loc[n].to_numpy()[:8] @ loadings, 400) for n in held_out}
         base = log_mean_profile(of(adata, condition="ctrl").X)
-        full = fit(adata, seed, labels_key="cell_type", condition_embedding="drugs")
-        source = of(full.adata, condition="ctrl")
-        seen = {n: full.predict_counterfactual(source, to=n).X for n in held_out}
-
-        def predict(training, described, levels, seed=seed, source=source):
-            training.uns["drugs"] = described
-            model = fit(training, seed, labels_key="cell_type", condition_embedding="drugs")
-            predicted = model.predict_counterfactual(source, to=described.loc[levels])
-            return {n: of(predicted, condition=n).X for n in levels}
-
         training = adata[~adata.obs["condition"].isin(held_out).to_numpy()].copy()
-        others = [n for n in names[1:] if n not in held_out]
-        mean = np.mean([log_mean_profile(of(adata, condition=n).X) for n in others], axis=0)
         shuffled = table.copy()
         shuffled.iloc[1:] = np.roll(table.iloc[1:].to_numpy(), 1, axis=0)
-        profiles = {
-            "model that saw them": {n: log_mean_profile(x) for n, x in seen.items()},
-            "embedding": {
-                n: log_mean_profile(x) for n, x in predict(training, table, held_out).items()
-            },
-            "shuffled embedding": {
-                n: log_mean_profile(x) for n, x in predict(training, shuffled, held_out).items()
-            },
-            "mean of seen treatments": dict.fromkeys(held_out, mean),
-            "their own cells": {n: log_mean_profile(of(adata, condition=n).X) for n in held_out},
-        }
+        profiles = _from_descriptions(adata, training, table, shuffled, held_out, seed)
         for name, each in profiles.items():
+            scores = [
+                lfc_scores(log_mean_profile(each[n].X), log_mean_profile(truth[n].X), base)
+                | _coverage(each[n], truth[n])
+                for n in held_out
+            ]
+            rows[name, seed] = pd.DataFrame(scores).mean()
+        for name, each in _linear_in_description(adata, table, held_out).items():
             scores = [lfc_scores(each[n], log_mean_profile(truth[n].X), base) for n in held_out]
             rows[name, seed] = pd.DataFrame(scores).mean()
     table = pd.DataFrame.from_dict(rows, orient="index")
     print(table.round(3).to_string())
     return table.groupby(level=0, sort=False).mean()
+
+
+def _from_descriptions(adata, training, table, shuffled, held_out, seed):
+    """Return the predicted cells of each held-out level, by what the model was told and saw."""
+    setup = {"labels_key": "cell_type", "condition_embedding": "drugs"}
+    full = fit(adata, seed, **setup)
+    source = of(full.adata, condition="ctrl")
+    told = fit(training, seed, **setup)
+    training.uns["drugs"] = shuffled
+    mistold = fit(training, seed, **setup)
+
+    def predicted(model, rows, method="auto"):
+        targets = {n: n if rows is None else rows.loc[[n]] for n in held_out}
+        return {
+            n: model.predict_counterfactual(source, to=to, method=method)
+            for n, to in targets.items()
+        }
+
+    return {
+        "model that saw them": predicted(full, None),
+        "auto": predicted(told, table),
+        "abduction": predicted(told, table, "abduction"),
+        "auto, shuffled": predicted(mistold, shuffled),
+        "their own cells": {n: of(adata, condition=n) for n in held_out},
+    }
+
+
+def _linear_in_description(adata, table, held_out):
+    """Return profiles that need no network: ridge regression on the features, and the mean."""
+    base = log_mean_profile(of(adata, condition="ctrl").X)
+    seen = [n for n in table.index[1:] if n not in held_out]
+    changes = np.stack([log_mean_profile(of(adata, condition=n).X) for n in seen]) - base
+    ridge = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 4, 25)))
+    predicted = ridge.fit(table.loc[seen], changes).predict(table.loc[held_out])
+    return {
+        "ridge regression": dict(zip(held_out, base + predicted, strict=True)),
+        "mean of seen treatments": dict.fromkeys(held_out, base + changes.mean(axis=0)),
+    }
+
+
+def _coverage(predicted, truth):
+    """Return the share of genes whose true mean lies in the interval, averaged over types."""
+    if "discover_mean_lower" not in predicted.varm:
+        return {}
+    covered = []
+    for cell_type in np.unique(truth.obs["cell_type"]):
+        lower, upper = (
+            predicted.varm[f"discover_mean_{end}"][cell_type].to_numpy()
+            for end in ("lower", "upper")
+        )
+        profile = log_mean_profile(of(truth, cell_type=cell_type).X)
+        covered.append(((lower <= profile) & (profile <= upper)).mean())
+    return {"coverage": np.mean(covered)}
 
 
 def dose(seeds):
