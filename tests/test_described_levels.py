@@ -237,6 +237,7 @@ def test_a_telling_description_beats_its_shuffled_rows_and_the_mean():
     scores = embedding_ablation(predict, adata, table, condition_key="condition", control="ctrl")
     assert scores.loc["embedding", "lfc_r2"] > 0.8
     assert scores.loc["shuffled embedding", "lfc_r2"] < 0.2 * scores.loc["embedding", "lfc_r2"]
+    assert scores.loc["ridge regression", "lfc_r2"] > 0.8
     assert abs(scores.loc["no change", "lfc_r2"]) < 0.3
 
 

@@ -94,6 +94,21 @@ def lfc_scores(predicted, true, control):
     }
 
 
+def coverage_of(predicted, truth):
+    """Return the share of genes whose true mean lies in the interval, averaged over types."""
+    if "discover_mean_lower" not in predicted.varm:
+        return {}  # observed cells
+    covered = []
+    for cell_type in np.unique(truth.obs["cell_type"]):
+        lower, upper = (
+            predicted.varm[f"discover_mean_{end}"][cell_type].to_numpy()
+            for end in ("lower", "upper")
+        )
+        profile = log_mean_profile(of(truth, cell_type=cell_type).X)
+        covered.append(((lower <= profile) & (profile <= upper)).mean())
+    return {"coverage": np.mean(covered)}
+
+
 METHODS = ("auto", "abduction", "prior", "shift", "neighbors", "groups", "linear")
 
 
@@ -106,7 +121,7 @@ def combinations(seeds):
                 rows[interaction, seed, len(rows)] = scores
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["world", "seed", "case"])
     table = table.reset_index().groupby(["world", "pairs measured", "parts", "method"])
-    return table[["lfc R2", "lfc Pearson"]].mean()
+    return table[["lfc R2", "lfc Pearson", "coverage"]].mean()
 
 
 def _combinations(seed, interaction):
@@ -127,7 +142,7 @@ def _combinations(seed, interaction):
     control = world.cells(np.zeros(300), 300, condition="ctrl")
     cells = {name: world.cells(effect(name), 120, condition=name) for name in [*names, *every[:9]]}
     unseen = every[9:19] + triples[:6]
-    truth = {level: log_mean_profile(world.cells(effect(level), 400).X) for level in unseen}
+    truth = {level: world.cells(effect(level), 400) for level in unseen}
     base = log_mean_profile(control.X)
     changes = {name: log_mean_profile(cells[name].X) - base for name in names}
     for measured in (0, 9):
@@ -137,13 +152,15 @@ def _combinations(seed, interaction):
         source = of(model.adata, condition="ctrl")
         for level in unseen:
             parts = level.split("+")
-            profiles = {"additive": additive_shift(base, {p: changes[p] for p in parts})}
+            about = {"pairs measured": measured, "parts": len(parts)}
+            true = log_mean_profile(truth[level].X)
+            additive = additive_shift(base, {p: changes[p] for p in parts})
+            yield about | {"method": "additive"} | lfc_scores(additive, true, base)
             for method in METHODS:
                 predicted = model.predict_counterfactual(source, to=level, method=method)
-                profiles[method] = log_mean_profile(predicted.X)
-            for method, profile in profiles.items():
-                about = {"pairs measured": measured, "parts": len(parts), "method": method}
-                yield about | lfc_scores(profile, truth[level], base)
+                scores = lfc_scores(log_mean_profile(predicted.X), true, base)
+                coverage = coverage_of(predicted, truth[level]) if method == "auto" else {}
+                yield about | {"method": method} | scores | coverage
 
 
 def shalek(seeds):
@@ -203,52 +220,63 @@ def _from_other_controls(training, profiles, seed):
 
 
 def embedding(seeds):
-    """32 treatments whose effects follow from 8 of 16 features; a quarter never seen."""
+    """32 treatments whose effects follow from 16 features; a quarter never seen."""
     rows = {}
     for seed in range(seeds):
-        world = World(seed)
-        loadings = world.effects(8, fraction=0.2, scale=0.5)
-        names = ["ctrl", *(f"drug_{k}" for k in range(32))]
-        table = pd.DataFrame(world.rng.normal(size=(33, 16)), index=names)
-        table.iloc[0] = 0.0
-        cells = [
-            world.cells(
-                table.loc[n].to_numpy()[:8] @ loadings, 300 if n == "ctrl" else 60, condition=n
-            )
-            for n in names
-        ]
-        adata = joined(cells)
-        adata.uns["drugs"] = table
-        held_out = list(world.rng.choice(names[1:], 8, replace=False))
-        truth = {n: world.cells(table.loc[n].to_numpy()[:8] @ loadings, 400) for n in held_out}
-        base = log_mean_profile(of(adata, condition="ctrl").X)
-        training = adata[~adata.obs["condition"].isin(held_out).to_numpy()].copy()
-        shuffled = table.copy()
-        shuffled.iloc[1:] = np.roll(table.iloc[1:].to_numpy(), 1, axis=0)
-        profiles = _from_descriptions(adata, training, table, shuffled, held_out, seed)
-        for name, each in profiles.items():
-            scores = [
-                lfc_scores(log_mean_profile(each[n].X), log_mean_profile(truth[n].X), base)
-                | _coverage(each[n], truth[n])
-                for n in held_out
+        for kind in ("linear", "classes", "interacting"):
+            world = World(seed)
+            loadings = world.effects(8, fraction=0.2, scale=0.5)
+            table, strength = _described(world.rng, kind)
+            names = list(table.index)
+            cells = [
+                world.cells(s @ loadings, 300 if n == "ctrl" else 60, condition=n)
+                for n, s in zip(names, strength, strict=True)
             ]
-            rows[name, seed] = pd.DataFrame(scores).mean()
-        for name, each in _linear_in_description(adata, table, held_out).items():
-            scores = [lfc_scores(each[n], log_mean_profile(truth[n].X), base) for n in held_out]
-            rows[name, seed] = pd.DataFrame(scores).mean()
+            adata = joined(cells)
+            adata.uns["drugs"] = table
+            held_out = list(world.rng.choice(names[1:], 8, replace=False))
+            truth = {n: world.cells(strength[names.index(n)] @ loadings, 400) for n in held_out}
+            base = log_mean_profile(of(adata, condition="ctrl").X)
+            predicted = _from_descriptions(adata, held_out, seed, with_others=kind == "linear")
+            profiles = {
+                name: {n: log_mean_profile(cells.X) for n, cells in each.items()}
+                for name, each in predicted.items()
+            }
+            for name, each in (profiles | _without_network(adata, held_out)).items():
+                scores = [
+                    lfc_scores(each[n], log_mean_profile(truth[n].X), base)
+                    | (coverage_of(predicted[name][n], truth[n]) if name in predicted else {})
+                    for n in held_out
+                ]
+                rows[kind, name, seed] = pd.DataFrame(scores).mean()
     table = pd.DataFrame.from_dict(rows, orient="index")
     print(table.round(3).to_string())
-    return table.groupby(level=0, sort=False).mean()
+    return table.groupby(level=[0, 1], sort=False).mean()
 
 
-def _from_descriptions(adata, training, table, shuffled, held_out, seed):
+def _described(rng, kind):
+    """Draw the features of a control and 32 treatments, and how strongly each moves 8 programs."""
+    names = ["ctrl", *(f"drug_{k}" for k in range(32))]
+    features = rng.normal(size=(33, 16))
+    if kind == "classes":  # five of them, alike in features and in effects
+        its_class = rng.integers(0, 5, 33)
+        features = rng.normal(size=(5, 16))[its_class] + 0.3 * features
+        strength = rng.normal(size=(5, 8))[its_class] + 0.3 * rng.normal(size=(33, 8))
+    else:
+        strength = features[:, :8].copy()
+    if kind == "interacting":  # a feature saturates, and the next one switches it
+        switch = np.where(np.roll(strength, 1, axis=1) > 0, 1.4, 0.3)
+        strength = np.tanh(2 * strength) * switch
+    features[0], strength[0] = 0.0, 0.0
+    return pd.DataFrame(features, names, [f"feature_{k}" for k in range(16)]), strength
+
+
+def _from_descriptions(adata, held_out, seed, with_others):
     """Return the predicted cells of each held-out level, by what the model was told and saw."""
     setup = {"labels_key": "cell_type", "condition_embedding": "drugs"}
-    full = fit(adata, seed, **setup)
-    source = of(full.adata, condition="ctrl")
-    told = fit(training, seed, **setup)
-    training.uns["drugs"] = shuffled
-    mistold = fit(training, seed, **setup)
+    table = adata.uns["drugs"]
+    training = adata[~adata.obs["condition"].isin(held_out).to_numpy()].copy()
+    source = of(adata, condition="ctrl")
 
     def predicted(model, rows, method="auto"):
         targets = {n: n if rows is None else rows.loc[[n]] for n in held_out}
@@ -257,17 +285,26 @@ def _from_descriptions(adata, training, table, shuffled, held_out, seed):
             for n, to in targets.items()
         }
 
-    return {
-        "model that saw them": predicted(full, None),
+    told = fit(training, seed, **setup)
+    cells = {
         "auto": predicted(told, table),
         "abduction": predicted(told, table, "abduction"),
-        "auto, shuffled": predicted(mistold, shuffled),
         "their own cells": {n: of(adata, condition=n) for n in held_out},
+    }
+    if not with_others:
+        return cells
+    shuffled = table.copy()
+    shuffled.iloc[1:] = np.roll(table.iloc[1:].to_numpy(), 1, axis=0)
+    training.uns["drugs"] = shuffled
+    return cells | {
+        "model that saw them": predicted(fit(adata, seed, **setup), None),
+        "auto, shuffled": predicted(fit(training, seed, **setup), shuffled),
     }
 
 
-def _linear_in_description(adata, table, held_out):
+def _without_network(adata, held_out):
     """Return profiles that need no network: ridge regression on the features, and the mean."""
+    table = adata.uns["drugs"]
     base = log_mean_profile(of(adata, condition="ctrl").X)
     seen = [n for n in table.index[1:] if n not in held_out]
     changes = np.stack([log_mean_profile(of(adata, condition=n).X) for n in seen]) - base
@@ -279,24 +316,9 @@ def _linear_in_description(adata, table, held_out):
     }
 
 
-def _coverage(predicted, truth):
-    """Return the share of genes whose true mean lies in the interval, averaged over types."""
-    if "discover_mean_lower" not in predicted.varm:
-        return {}
-    covered = []
-    for cell_type in np.unique(truth.obs["cell_type"]):
-        lower, upper = (
-            predicted.varm[f"discover_mean_{end}"][cell_type].to_numpy()
-            for end in ("lower", "upper")
-        )
-        profile = log_mean_profile(of(truth, cell_type=cell_type).X)
-        covered.append(((lower <= profile) & (profile <= upper)).mean())
-    return {"coverage": np.mean(covered)}
-
-
 def dose(seeds):
     """4 treatments with Hill responses at 0.1, 1, 10, 100; predicted at 0.3, 3 and 30."""
-    rows = []
+    rows, covered = [], []
     for seed in range(seeds):
         world = World(seed)
         effects = world.effects(4, fraction=0.2, scale=1.2)
@@ -319,7 +341,8 @@ def dose(seeds):
                 d: log_mean_profile(of(model.adata, condition=name, dose=d).X) for d in measured
             }
             for d in (0.3, 3.0, 30.0):
-                true = log_mean_profile(world.cells(effect(k, d), 2000).X)
+                truth = world.cells(effect(k, d), 2000)
+                true = log_mean_profile(truth.X)
                 low, high = max(m for m in measured if m < d), min(m for m in measured if m > d)
                 nearest = low if d / low < high / d else high
                 profiles = {
@@ -329,9 +352,12 @@ def dose(seeds):
                 for method in METHODS:
                     predicted = model.predict_counterfactual(source, to=name, dose=d, method=method)
                     profiles[method] = log_mean_profile(predicted.X)
+                    if method == "auto":
+                        covered.append(coverage_of(predicted, truth)["coverage"])
                 for method, profile in profiles.items():
                     error = np.abs(profile - true).mean()
                     rows.append({"seed": seed, "dose": d, "method": method, "error": error})
+    print(f"coverage of auto's intervals: {np.mean(covered):.3f}")
     table = pd.DataFrame(rows)
     return table.pivot_table(index="method", columns="dose", values="error", margins=True)
 
@@ -366,12 +392,15 @@ def new_treatment(seeds):
                 for method in METHODS:
                     predicted = model.predict_counterfactual(source, to="new", method=method)
                     profiles[method] = log_mean_profile(predicted.X)
+                    if method == "auto":
+                        coverage = coverage_of(predicted, truth)
                 r2 = {m: lfc_scores(p, true, base)["lfc R2"] for m, p in profiles.items()}
                 ceiling = evaluation.split_half_ceiling(truth.X, source.X)["lfc_r2"]
                 better = max(r2["no change"], r2["the 20 cells' change"])
                 for method, value in (r2 | {"ceiling": ceiling}).items():
                     score = (value - better) / (ceiling - better)
                     rows[name, method, seed, k] = {"lfc R2": value, "score": score}
+                rows[name, "auto", seed, k] |= coverage
     table = pd.DataFrame.from_dict(rows, orient="index")
     print(table.groupby(level=[0, 1, 2], sort=False).mean().round(3).to_string())
     return table.groupby(level=[0, 1], sort=False).mean()
