@@ -115,9 +115,7 @@ def embedding_ablation(
         name: {level: log_mean_profile(x) for level, x in predict(training, t, held_out).items()}
         for name, t in (("embedding", embedding), ("shuffled embedding", shuffled))
     }
-    regression = make_pipeline(StandardScaler(), RidgeCV(_PENALTIES))
-    rows = embedding.to_numpy(dtype=float)[embedding.index.get_indexer([*seen, *held_out])]
-    told = base + regression.fit(rows[: len(seen)], changes).predict(rows[len(seen) :])
+    told = base + _regression(embedding, seen, changes, held_out)
     profiles["ridge regression"] = dict(zip(held_out, told.clip(min=0), strict=True))
     profiles["mean of seen treatments"] = dict.fromkeys(held_out, base + changes.mean(axis=0))
     profiles["no change"] = dict.fromkeys(held_out, base)
@@ -131,6 +129,15 @@ def embedding_ablation(
     ).T
     _warn_if_mute(table["lfc_r2"])
     return table
+
+
+def _regression(
+    embedding: pd.DataFrame, seen: list[str], changes: np.ndarray, held_out: list[str]
+) -> np.ndarray:
+    """Return the changes of held-out levels by ridge regression, ``(n_held_out, n_genes)``."""
+    of_seen, of_held_out = (embedding.loc[names].to_numpy(float) for names in (seen, held_out))
+    regression = make_pipeline(StandardScaler(), RidgeCV(_PENALTIES))
+    return regression.fit(of_seen, changes).predict(of_held_out)
 
 
 def _without_fixed_points(rng: np.random.Generator, names: list[str]) -> list[str]:
