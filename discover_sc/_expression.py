@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -43,6 +44,7 @@ def expected_expression(
     """Return the expected expression, decoded from z alone or from both; see the methods."""
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype is {dtype!r}; it must be 'float32' or 'float16'.")
+    _check_numbers(n_samples, n_samples_overall, library_size)
     adata = model._validate_anndata(adata)
     cells, restore = sorted_cells(adata, indices)
     if n_samples_overall is not None:
@@ -70,6 +72,19 @@ def expected_expression(
     if return_numpy:
         return expression[0]
     return pd.DataFrame(expression[0], adata.obs_names[cells[restore]], adata.var_names[genes])
+
+
+def _check_numbers(
+    n_samples: int, n_samples_overall: int | None, library_size: float | Literal["latent"]
+) -> None:
+    for name, number in (("n_samples", n_samples), ("n_samples_overall", n_samples_overall)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}; at least one draw is needed. Raise it.")
+    if library_size != "latent" and not (isinstance(library_size, Real) and library_size > 0):
+        raise ValueError(
+            f"library_size is {library_size!r}; it is positive, or 'latent' for each cell's own. "
+            "Choose for example 1e4."
+        )
 
 
 def _draws(
@@ -162,6 +177,8 @@ def _gene_columns(adata: AnnData, gene_list: Sequence[str] | None) -> np.ndarray
         raise ValueError(
             f"gene_list holds {unknown}, which adata.var_names lacks. Ask for genes of the data."
         )
+    if not gene_list:
+        raise ValueError("gene_list is empty; name genes of the data, or pass None for all.")
     return np.flatnonzero(adata.var_names.isin(gene_list))
 
 
@@ -177,5 +194,10 @@ def _batch_codes(model: DISCoVeR, transform_batch: str | Sequence[str] | None) -
     if unknown:
         raise ValueError(
             f"transform_batch holds {unknown}; registered batches are {known}. Choose among them."
+        )
+    if not names:
+        raise ValueError(
+            f"transform_batch is empty; registered batches are {known}. Choose among them, or pass "
+            "None for each cell's own."
         )
     return [known.index(name) for name in names]

@@ -177,7 +177,8 @@ class ReadoutMixin:
         Raises
         ------
         ValueError
-            If a batch, a gene or the type is unknown, or a value is too large for the type.
+            If a batch, a gene or the type is unknown, a list of them is empty, a number is not
+            positive, or a value is too large for the type.
         """
         self._check_if_trained(warn=False, message=_UNTRAINED)
         return expected_expression(
@@ -226,7 +227,8 @@ class ReadoutMixin:
         Raises
         ------
         ValueError
-            If a batch, a gene or the type is unknown, or a value is too large for the type.
+            If a batch, a gene or the type is unknown, a list of them is empty, a number is not
+            positive, or a value is too large for the type.
         """
         self._check_if_trained(warn=False, message=_UNTRAINED)
         return expected_expression(

@@ -357,6 +357,15 @@ def test_conditions_that_the_model_does_not_know_are_refused(adata, tmp_path, us
             r"reaches .*; dtype='float16' holds at most 65504. Choose a smaller library_size",
         ),
         (lambda m: m.get_normalized_expression(transform_batch="b"), "registered batches are"),
+        (lambda m: m.get_normalized_expression(transform_batch=[]), "transform_batch is empty"),
+        (lambda m: m.get_normalized_expression(gene_list=[]), "gene_list is empty; name genes"),
+        (lambda m: m.get_shared_expression(n_samples=0), "n_samples is 0; at least one draw"),
+        (
+            lambda m: m.get_shared_expression(n_samples_overall=0),
+            "n_samples_overall is 0; at least one draw",
+        ),
+        (lambda m: m.get_normalized_expression(library_size=0), "library_size is 0; it is pos"),
+        (lambda m: m.get_normalized_expression(library_size="own"), "library_size is 'own'; it"),
         (lambda m: m.get_loadings(), "decoder is 'nonlinear' and has no loadings"),
     ],
 )
