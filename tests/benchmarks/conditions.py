@@ -224,34 +224,39 @@ def embedding(seeds):
     rows = {}
     for seed in range(seeds):
         for kind in ("linear", "classes", "interacting"):
-            world = World(seed)
-            loadings = world.effects(8, fraction=0.2, scale=0.5)
-            table, strength = _described(world.rng, kind)
-            names = list(table.index)
-            cells = [
-                world.cells(s @ loadings, 300 if n == "ctrl" else 60, condition=n)
-                for n, s in zip(names, strength, strict=True)
-            ]
-            adata = joined(cells)
-            adata.uns["drugs"] = table
-            held_out = list(world.rng.choice(names[1:], 8, replace=False))
-            truth = {n: world.cells(strength[names.index(n)] @ loadings, 400) for n in held_out}
-            base = log_mean_profile(of(adata, condition="ctrl").X)
-            predicted = _from_descriptions(adata, held_out, seed, with_others=kind == "linear")
-            profiles = {
-                name: {n: log_mean_profile(cells.X) for n, cells in each.items()}
-                for name, each in predicted.items()
-            }
-            for name, each in (profiles | _without_network(adata, held_out)).items():
-                scores = [
-                    lfc_scores(each[n], log_mean_profile(truth[n].X), base)
-                    | (coverage_of(predicted[name][n], truth[n]) if name in predicted else {})
-                    for n in held_out
-                ]
-                rows[kind, name, seed] = pd.DataFrame(scores).mean()
+            for name, scores in _embedding(seed, kind).items():
+                rows[kind, name, seed] = scores
     table = pd.DataFrame.from_dict(rows, orient="index")
     print(table.round(3).to_string())
     return table.groupby(level=[0, 1], sort=False).mean()
+
+
+def _embedding(seed, kind):
+    """Return the scores of each method in one world, means over the treatments never seen."""
+    world = World(seed)
+    loadings = world.effects(8, fraction=0.2, scale=0.5)
+    table, strength = _described(world.rng, kind)
+    effects = dict(zip(table.index, strength @ loadings, strict=True))
+    sizes = {"ctrl": 300}
+    adata = joined([world.cells(e, sizes.get(n, 60), condition=n) for n, e in effects.items()])
+    adata.uns["drugs"] = table
+    held_out = list(world.rng.choice(table.index[1:], 8, replace=False))
+    truth = {n: world.cells(effects[n], 400) for n in held_out}
+    base = log_mean_profile(of(adata, condition="ctrl").X)
+    predicted = _from_descriptions(adata, held_out, seed, with_others=kind == "linear")
+    profiles = {
+        name: {n: log_mean_profile(cells.X) for n, cells in each.items()}
+        for name, each in predicted.items()
+    }
+    scores = {}
+    for name, each in (profiles | _without_network(adata, held_out)).items():
+        of_levels = [
+            lfc_scores(each[n], log_mean_profile(truth[n].X), base)
+            | (coverage_of(predicted[name][n], truth[n]) if name in predicted else {})
+            for n in held_out
+        ]
+        scores[name] = pd.DataFrame(of_levels).mean()
+    return scores
 
 
 def _described(rng, kind):
