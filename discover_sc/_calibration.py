@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._borrowed_effects import BorrowedEffects
+    from ._described_effects import DescribedChange
     from ._group_effects import GroupEffects
     from ._left_out import LeftOut
     from ._parts import PartChanges
@@ -81,7 +82,7 @@ def anchored(means: GroupMeans) -> tuple[np.ndarray, np.ndarray]:
 
 def combine(
     means: GroupMeans,
-    effects: GroupEffects | BorrowedEffects | FactorEffects | None = None,
+    effects: GroupEffects | BorrowedEffects | FactorEffects | DescribedChange | None = None,
     missed: np.ndarray | float = 0.0,
     own: OwnChange | None = None,
     parts: PartChanges | None = None,
@@ -93,8 +94,8 @@ def combine(
     means
         Profiles of the source cells.
     effects
-        Changes observed in other groups, or borrowed from other treatments; None where there are
-        none.
+        Changes observed in other groups, or borrowed from other treatments, of a new treatment or
+        of a described one; None where there are none.
     missed
         Change that the decoder is known to miss of the target condition, ``(n_genes,)``.
     own

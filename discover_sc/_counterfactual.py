@@ -102,15 +102,24 @@ def n_clusters_for(condition_codes: np.ndarray) -> int:
     """Number of clusters that leaves 25 cells of a condition in each, from 1 to 10.
 
     The noise of a change is that of both conditions that it lies between, each as one over its
-    cells; so a typical number of cells is the harmonic mean over the conditions.
+    cells; so the size of a pair of conditions is the harmonic mean of their cells, and what counts
+    is the mean over pairs. With several keys, that of the key whose pairs are largest.
 
     Parameters
     ----------
     condition_codes
         Of the cells to be clustered, ``(n_cells, n_condition_keys)``.
     """
-    _, n_cells = np.unique(condition_codes, axis=0, return_counts=True)
-    return int(np.clip(hmean(n_cells) // _CELLS_PER_CLUSTER, 1, _MAX_CLUSTERS))
+    n_cells = max(_pair_size(codes) for codes in condition_codes.T)
+    return int(np.clip(n_cells // _CELLS_PER_CLUSTER, 1, _MAX_CLUSTERS))
+
+
+def _pair_size(codes: np.ndarray) -> float:
+    """Return the harmonic mean of the cells of two conditions, averaged over pairs."""
+    sizes = np.bincount(codes)
+    sizes = sizes[sizes >= MIN_GROUP_CELLS]
+    pairs = np.stack(np.triu_indices(len(sizes), k=1))
+    return float(hmean(sizes[pairs]).mean()) if pairs.size else 0.0
 
 
 class Way(Protocol):

@@ -28,7 +28,11 @@ def estimate_profiles(
         if change.effects is not None:
             choice |= change.effects.summary()
     if move.method != "auto":
-        estimates = [uncalibrated(m, c.effects) for m, c in zip(means, changes, strict=True)]
+        # the errors of a regression on descriptions are not those of another method
+        estimates = [
+            uncalibrated(m, None if move.target.described else c.effects)
+            for m, c in zip(means, changes, strict=True)
+        ]
     elif move.parts is not None and model.module.gene_likelihood != "normal":
         composition = composition_of(
             model.reference_, move.target, move.parts[1], move.codes, move.dose

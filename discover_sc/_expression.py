@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -77,10 +76,14 @@ def expected_expression(
 def _check_numbers(
     n_samples: int, n_samples_overall: int | None, library_size: float | Literal["latent"]
 ) -> None:
-    for name, number in (("n_samples", n_samples), ("n_samples_overall", n_samples_overall)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} is {number}; at least one draw is needed. Raise it.")
-    if library_size != "latent" and not (isinstance(library_size, Real) and library_size > 0):
+    name, number = "n_samples", n_samples
+    if n_samples_overall is not None:
+        name, number = "n_samples_overall", n_samples_overall
+    if number < 1:
+        raise ValueError(f"{name} is {number}; at least one draw is needed. Raise it.")
+    if isinstance(library_size, str) and library_size == "latent":
+        return
+    if isinstance(library_size, str) or not 0 < library_size < np.inf:
         raise ValueError(
             f"library_size is {library_size!r}; it is positive, or 'latent' for each cell's own. "
             "Choose for example 1e4."

@@ -47,14 +47,15 @@ class LeftOut:
         Inverse variances: that of this estimate is its squared error where it was left out, of
         each gene; that of the second one is the same for all genes. So genes that are badly
         predicted are left to the second estimate. Its variance is :meth:`variance_beside`, unless
-        the two lie further apart than that allows. What both get wrong alike does not
-        tell them apart, so only errors that are independent count:
+        the two lie further apart than that allows. What both get wrong alike does not tell them
+        apart, so only errors that are independent count:
 
         .. math:: \overline{(a - b)^2} = (1 - s)\, \sigma_a^2 + \sigma_b^2,
 
-        where :math:`\sigma_a^2` is the squared error without the noise of what was left out (if
-        that is known) and s the share of it that the second estimate makes, too (0 but for
-        described treatments).
+        where :math:`\sigma_a^2` is the squared error without the noise of what was left out, s the
+        share of it that the second estimate makes, too (0 but for described treatments), and
+        :math:`\sigma_b^2` the rest of the second one's. Where that noise is not known, how far
+        they lie apart is not used.
 
         Parameters
         ----------
@@ -88,9 +89,10 @@ class LeftOut:
         profile, change
             Predicted profile after treatment and its change, ``(n_genes,)`` each.
         """
-        compared = np.arange(self.errors.size)
-        if len(compared) > _MOST_COMPARED:
-            compared = np.random.default_rng(0).choice(compared, _MOST_COMPARED, replace=False)
+        compared = slice(None)
+        if self.errors.size > _MOST_COMPARED:
+            rng = np.random.default_rng(0)
+            compared = rng.choice(self.errors.size, _MOST_COMPARED, replace=False)
         levels, left_out, errors = (
             values.ravel()[compared] for values in (self._levels, self._left_out, self.errors)
         )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scvi import settings
 
 from ._borrowed_effects import BorrowedEffects, KnownChanges
 from ._calibration import OwnChange
-from ._described_effects import DescribedEffects
+from ._described_effects import DescribedChange, DescribedEffects
 from ._group_effects import GroupEffects
 from ._reference import GroupProfile, group_profiles
 from ._response_factors import FactorEffects
@@ -29,7 +27,7 @@ _LEAST_TREATMENTS = 3  # below, they tell nothing of how groups differ
 class ObservedChanges(NamedTuple):
     """What tells of the change of one group of source cells; None where nothing does."""
 
-    effects: GroupEffects | BorrowedEffects | FactorEffects | DescribedEffects | None
+    effects: GroupEffects | BorrowedEffects | FactorEffects | DescribedChange | None
     own: OwnChange | None
 
 
@@ -242,34 +240,54 @@ def _described(
 ) -> list[ObservedChanges]:
     """Return what known treatments tell of a described one, for each group of source cells."""
     [(position, new)] = target.described.items()
-    names = list(sources)
-    levels = _registered_levels(target, position, source_codes)
-    known = [replace(target, asked={position: n}, described={}) for n in levels]
-    treated = _profiles_under(model, known)
+    levels, names = target.keys[position], list(sources)
+    known = _registered_levels(target, position, source_codes)
+    treated = _profiles_under(
+        model, [replace(target, asked={position: n}, described={}) for n in known]
+    )
     seen = [k for k, profiles in enumerate(treated) if any(g in profiles for g in names)]
     if len(seen) < _LEAST_TREATMENTS:
         return [ObservedChanges(None, None) for _ in groups]
-    treated = [treated[k] for k in seen]
-    variances = _variances(model, [(sources[g], p[g]) for p in treated for g in names if g in p])
+    known, treated = [known[k] for k in seen], [treated[k] for k in seen]
+    noise = _treated_noise(model, sources, treated)
+    n_cells = [[p[g].n_cells if g in p else 0 for g in names] for p in treated]
+    source = levels.names[source_codes[position]]
+    if source not in levels.added:  # described, too: the one treatment without any change
+        known, treated = [*known, source], [*treated, sources]
+        n_cells.append([0] * len(names))
     effects = DescribedEffects(
         KnownChanges(
-            np.stack([_changes(sources, profiles) for profiles in treated]),
-            np.array([[p[g].n_cells if g in p else 0 for g in names] for p in treated]),
+            np.stack([_changes(sources, profiles) for profiles in treated]), np.array(n_cells)
         ),
         control=np.stack([sources[g].profile for g in names]),
-        rows=np.stack([target.keys[position].row(levels[k]) for k in seen]),
-        new=new,
-        noise=None if variances is None else float(variances.mean()),
+        rows=np.stack([levels.row(name) for name in known]),
+        noise=noise,
     )
-    if not effects.tells:
-        warnings.warn(
-            "Registered treatments that are left out are predicted from their description no "
-            f"better than by the mean of the others (R2 {max(effects.scores.values()):.2f} "
-            f"against {effects.score_of_mean:.2f}). Do not trust predictions from it; use another "
-            "description, or more treatments.",
-            UserWarning,
-            stacklevel=settings.warnings_stacklevel,
+    changes = {g: effects.change(new, names.index(g) if g in names else None) for g in groups}
+    return [ObservedChanges(changes[group], None) for group in groups]
+
+
+def _treated_noise(
+    model: DISCoVeR,
+    sources: dict[str, GroupProfile],
+    treated: list[dict[str, GroupProfile]],
+) -> float | None:
+    """Return the mean sampling variance of treated profiles; None if it is not known.
+
+    Not of the source profiles: what they add to every change of a group cancels in differences.
+    """
+    if model.module.gene_likelihood == "normal":
+        return None
+    theta = dispersion_of(model)
+    variances = [
+        sampling_variance(
+            (sources[group].profile + after.profile) / 2,
+            theta,
+            after.n_cells,
+            after.inverse_library,
         )
-    return [
-        ObservedChanges(effects.of(names.index(g) if g in names else None), None) for g in groups
+        for profiles in treated
+        for group, after in profiles.items()
+        if group in sources
     ]
+    return float(np.mean(variances))

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ._described_effects import warn_of_descriptions
 from ._encoding import posteriors
 from ._expression import expected_expression, sorted_cells
 from ._keys import OBSM_W_KEY, OBSM_Z_KEY
@@ -313,7 +314,9 @@ class ReadoutMixin:
         groups were weighted, or the number of factors of all treatments where these predict
         better (both, if some source cells are of groups that were never treated); its scores and
         those of the other choices over left-out groups; and the mean weight of observed changes
-        beside the model.
+        beside the model. For a described level: the penalty of the regression of known changes
+        on descriptions, and scores over left-out treatments (of the last level, if several are
+        described).
 
         Raises
         ------
@@ -324,14 +327,21 @@ class ReadoutMixin:
         Warns
         -----
         UserWarning
-            If the dose lies outside of the measured range of the level.
+            If the dose lies outside of the measured range of the level; if source cells are under
+            the level already; if most of them have hardly any support; or if a description tells
+            nothing of left-out treatments, or lies far from those of registered ones.
         """
         self._check_if_trained(warn=False, message=_UNTRAINED)
         if self.reference_ is None:  # training was interrupted
             self.reference_ = encode_reference(self)
         targets = targets_of(self, to, dose)
         options = (method, n_samples, interval, library_size, batch_size, seed)
-        predictions = [predict_counterfactual(self, adata, t, *options) for t in targets]
+        predictions, choices = [], {}
+        for target in targets:
+            predictions.append(predict_counterfactual(self, adata, target, *options))
+            if method == "auto" and target.described:
+                choices[target.asked[0]] = list(self.counterfactual_choice_.values())
+        warn_of_descriptions(choices)
         return concatenated(predictions, targets)
 
     def predict_dose_response(

@@ -68,8 +68,8 @@ def embedding_ablation(
     Raises
     ------
     ValueError
-        If the control or a held-out level has no cells or no row in the embedding, or fewer than
-        two treatments remain.
+        If the control or a held-out level has no cells or no row in the embedding, the embedding
+        holds anything but finite numbers, or fewer than two treatments remain.
 
     Warns
     -----
@@ -161,6 +161,13 @@ def _check(
                 f"There are no cells under {level!r}; control and held-out levels need cells. "
                 f"Levels are {sorted(set(condition))}. Choose among them."
             )
+    values = embedding.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
+    bad = list(embedding.index[~np.isfinite(values).all(axis=1)])
+    if bad:
+        raise ValueError(
+            f"The embedding holds missing, infinite or non-numeric values for {bad[:10]}; features "
+            "are finite numbers. Fill them in, or leave these levels out."
+        )
     missing = [level for level in [control, *treatments] if level not in embedding.index]
     if missing:
         raise ValueError(
