@@ -98,6 +98,8 @@ def coverage_of(predicted, truth):
     """Return the share of genes whose true mean lies in the interval, averaged over types."""
     if "discover_mean_lower" not in predicted.varm:
         return {}  # observed cells
+    if predicted.varm["discover_mean_lower"].isna().all(axis=None):
+        return {}  # no interval is given
     covered = []
     for cell_type in np.unique(truth.obs["cell_type"]):
         lower, upper = (
