@@ -73,6 +73,7 @@ class DescribedEffects:
         self.score_of_mean = float(1 - errors_of_mean.sum() / total)
         self.penalty = max(self.scores, key=self.scores.get)
         self._left_out = left_out[self.penalty]
+        self._predicted = np.tensordot(self._left_out, known.table, axes=1)
         self._gains = errors_of_mean - errors[self.penalty]
 
     @property
@@ -102,8 +103,7 @@ class DescribedEffects:
         shares, within_reach = self._shares_at(new)
         if group is not None and known.n_cells[:, group].any():
             change = shares @ known.table[:, group]
-            predicted = np.tensordot(self._left_out, known.table, axes=1)
-            left_out = known.n_cells > 0
+            predicted, left_out = self._predicted, known.n_cells > 0
         else:
             change = shares @ known.mean
             predicted, complete = self._without_groups()
