@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _PENALTIES = np.logspace(-4, 2, 13)  # per treatment; the last leaves nearly the mean
 _REACH = 2.0  # how much further than left-out treatments a new one is followed
+_TINY = 1e-12
 
 
 class DescribedEffects:
@@ -73,6 +74,7 @@ class DescribedEffects:
         self.score_of_mean = float(1 - errors_of_mean.sum() / total)
         self.penalty = max(self.scores, key=self.scores.get)
         self._left_out = left_out[self.penalty]
+        self._furthest = np.linalg.norm(self._left_out[observed] - 1 / n, axis=1).max()
         self._predicted = np.tensordot(self._left_out, known.table, axes=1)
         self._gains = errors_of_mean - errors[self.penalty]
 
@@ -89,8 +91,9 @@ class DescribedEffects:
 
         Of a group that no treatment was observed in, the mean change of the others is taken, and
         its error is that of groups and treatments left out together: not known (None) if there
-        are no others. A row whose weights depart from equal ones by more than twice what those of
-        any left-out treatment do is followed so far and no further.
+        are no two others. The squared error grows with the square of how far the weights depart
+        from equal ones, beyond where they do for any left-out treatment; at twice as far the row
+        is followed no further.
 
         Parameters
         ----------
@@ -100,19 +103,19 @@ class DescribedEffects:
             Position of the group.
         """
         known = self._known
-        shares, within_reach = self._shares_at(new)
+        shares, distance = self._shares_at(new)
         if group is not None and known.n_cells[:, group].any():
             change = shares @ known.table[:, group]
             predicted, left_out = self._predicted, known.n_cells > 0
         else:
             change = shares @ known.mean
-            predicted, complete = self._without_groups()
-            left_out = (known.n_cells > 0) & complete
-        if not left_out.any():
-            return None
+            if known.n_cells.any(axis=0).sum() < 2:
+                return None
+            predicted, left_out = self._without_groups(), known.n_cells > 0
         return DescribedChange(
-            self.summary() | {"description_within_reach": within_reach},
+            self.summary() | {"description_within_reach": distance <= _REACH},
             change,
+            max(distance, 1.0),
             np.broadcast_to(self._control, predicted.shape)[left_out],
             predicted[left_out],
             known.changes[left_out],
@@ -129,29 +132,28 @@ class DescribedEffects:
             "description_tells": self.tells,
         }
 
-    def _shares_at(self, new: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Return the weights of the known treatments at a row, and whether it is within reach."""
+    def _shares_at(self, new: np.ndarray) -> tuple[np.ndarray, float]:
+        """Return the weights of the known treatments at a row, as far as it is followed.
+
+        And how far they depart from equal ones, in units of the furthest left-out treatment.
+        """
         even = 1 / len(self._rows)
         departure = self._shares(new[None].astype(float), self.penalty)[0] - even
-        furthest = _REACH * np.linalg.norm(self._left_out - even, axis=1).max()
-        length = np.linalg.norm(departure)
-        if length <= furthest:
-            return even + departure, True
-        return even + departure * furthest / length, False
+        distance = float(np.linalg.norm(departure) / self._furthest)
+        return even + departure * min(1.0, _REACH / max(distance, _TINY)), distance
 
-    def _without_groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return changes predicted without their treatment and their group, and which are known.
+    def _without_groups(self) -> np.ndarray:
+        """Return changes predicted without their treatment and their group, as in the table.
 
-        Known of a group is the prediction if every treatment that was observed at all was
-        observed in another one, too.
+        A treatment that was observed in no other group is taken as it is.
         """
         known = self._known
         observed = known.n_cells > 0
         changes = np.where(observed[..., None], known.changes, 0.0)
-        others = observed.sum(axis=1, keepdims=True) - observed  # (n_treatments, n_groups)
-        mean = (changes.sum(axis=1, keepdims=True) - changes) / np.maximum(others, 1)[..., None]
-        complete = ((others > 0) | ~observed.any(axis=1, keepdims=True)).all(axis=0)
-        return np.tensordot(self._left_out, mean, axes=1), complete
+        others = (observed.sum(axis=1, keepdims=True) - observed)[..., None]
+        mean = (changes.sum(axis=1, keepdims=True) - changes) / np.maximum(others, 1)
+        mean = np.where(others > 0, mean, known.mean[:, None])
+        return np.tensordot(self._left_out, mean, axes=1)
 
     def _shares(self, new: np.ndarray, penalty: float) -> np.ndarray:
         """Return the weight of each known row in the prediction of new ones, ``(n_new, n)``."""
@@ -176,6 +178,8 @@ class DescribedChange(LeftOut):
         What was chosen, as plain values.
     change
         What is predicted, ``(n_genes,)``.
+    widening
+        Factor of the standard error.
     control, predicted, observed, noise
         As for :class:`LeftOut`.
     """
@@ -186,17 +190,22 @@ class DescribedChange(LeftOut):
         self,
         choices: dict[str, object],
         change: np.ndarray,
+        widening: float,
         control: np.ndarray,
         predicted: np.ndarray,
         observed: np.ndarray,
         noise: float | None,
     ) -> None:
         super().__init__(control, predicted, observed, noise)
-        self._choices, self._change = choices, change
+        self._choices, self._change, self._widening = choices, change, widening
 
     def change(self, control: np.ndarray) -> np.ndarray:
         """Return the change of the group, whatever its profile before, ``(n_genes,)``."""
         return self._change
+
+    def error_variance(self, profile: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """Return the expected squared error of predicted genes, ``(n_genes,)``."""
+        return self._widening**2 * super().error_variance(profile, change)
 
     def summary(self) -> dict[str, object]:
         """Return what was chosen and the cross-validated scores it was chosen by."""
@@ -237,9 +246,9 @@ def warn_of_descriptions(choices: dict[str, list[dict[str, object]]]) -> None:
         )
     if far:
         warnings.warn(
-            f"The descriptions of {far} lie more than twice as far from those of registered "
-            "treatments as these do from each other; the prediction follows them part of the way "
-            "only, and its interval does not hold. Check that the features were computed alike.",
+            f"The descriptions of {far} lie far from those of registered treatments: to a linear "
+            "regression, more than twice as far as any of these from the others, which it follows "
+            "part of the way only. Check that the features were computed alike.",
             UserWarning,
             stacklevel=settings.warnings_stacklevel,
         )

@@ -78,7 +78,8 @@ def predict_counterfactual(
                     result.estimates[name, group] = replace(estimate, profile=profile)
         if method == "auto":
             model.counterfactual_choice_ = result.choices
-        warn_of_low_support(result.support)
+        if not target.described:  # no cell was seen under it, whatever its group
+            warn_of_low_support(result.support)
         return finish(model, source, result, target, n_samples, interval, library_size, seed)
     finally:
         if source is not adata:
@@ -97,8 +98,10 @@ def _check_numbers(n_samples: int, interval: float, library_size: float) -> None
         raise ValueError(
             f"interval is {interval}; it is a coverage between 0 and 1. Choose for example 0.9."
         )
-    if not library_size > 0:
-        raise ValueError(f"library_size is {library_size}; it must be positive. Choose 1e4.")
+    if not 0 < library_size < np.inf:
+        raise ValueError(
+            f"library_size is {library_size}; it must be positive and finite. Choose 1e4."
+        )
 
 
 def own_copy(view: ad.AnnData) -> ad.AnnData:

@@ -179,9 +179,11 @@ def test_an_unknown_method_is_refused_with_the_known_ones(module):
         ([24, 24], 1),
         ([5000, 5000], 10),
         ([30, 120, 120], 2),  # changes from few cells are noisy, whatever the others
-        ([1000, 1000, 10], 10),  # a rare condition does not spoil the others
+        ([1000, 1000, 10], 10),  # one rare condition does not spoil the others
+        ([1000, 1000, 10, 10, 10], 4),  # most pairs have one
         ([1000, 1000, 4], 10),  # too few to be compared at all
         ([1000, 4], 1),
+        ([4, 4] + 4 * [200], 8),
     ],
 )
 def test_clusters_hold_enough_cells_of_typical_conditions(sizes, expected):

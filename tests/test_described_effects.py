@@ -101,11 +101,41 @@ def test_the_error_of_a_group_that_was_never_treated_is_that_of_groups_left_out_
     assert 0.8 < np.mean(shares) < 0.98
 
 
+def test_elsewhere_left_out_treatments_are_predicted_from_the_other_groups():
+    rng = np.random.default_rng(9)
+    rows, _, observed = world(rng, strength=np.array([0.5, 1.0, 1.5]))
+    n_cells = np.where(rng.random((N_TREATMENTS, 3)) < 0.3, 0, 100)
+    n_cells[0] = [100, 0, 0]  # seen in one group only
+    n_cells[1:, 2] = 100
+    observed[:-1][n_cells == 0] = np.nan
+    effects = effects_of(rows, observed, n_cells)
+    errors = iter(effects.change(rows[-1], None).errors)
+    regression = Ridge(effects.penalty * N_TREATMENTS)
+    for left_out in range(N_TREATMENTS):
+        others = np.delete(np.arange(N_TREATMENTS), left_out)
+        for group in np.flatnonzero(n_cells[left_out]):
+            elsewhere = []
+            for other in others:
+                seen = np.flatnonzero(n_cells[other])
+                seen = seen[seen != group] if (seen != group).any() else seen
+                elsewhere.append(observed[other, seen].mean(axis=0))
+            predicted = regression.fit(rows[others], elsewhere).predict(rows[[left_out]])[0]
+            np.testing.assert_allclose(next(errors), observed[left_out, group] - predicted)
+    assert not list(errors)
+
+
 def test_of_one_group_nothing_is_known_elsewhere():
     rows, _, observed = world(np.random.default_rng(5), strength=np.ones(1))
     effects = effects_of(rows, observed)
     assert effects.change(rows[-1], 0) is not None
     assert effects.change(rows[-1], None) is None
+
+
+def test_the_change_elsewhere_is_that_of_the_mean_group():
+    rows, _, observed = world(np.random.default_rng(5))
+    mean = effects_of(rows, observed.mean(axis=1, keepdims=True)).change(rows[-1], 0)
+    elsewhere = effects_of(rows, observed).change(rows[-1], None)
+    np.testing.assert_allclose(elsewhere.change(None), mean.change(None))
 
 
 def test_what_a_second_estimate_gets_wrong_alike_does_not_count_against_the_first():
@@ -147,9 +177,35 @@ def test_a_row_far_from_all_others_is_followed_part_of_the_way():
     effects = effects_of(rows, observed)
     far, farther = (effects.change(f * rows[-1], 0) for f in (1e3, 1e6))
     np.testing.assert_allclose(far.change(None), farther.change(None), rtol=0.02, atol=0.02)
-    largest = np.abs(observed).max()
-    assert np.abs(far.change(None)).max() < 4 * largest
     assert not far.summary()["description_within_reach"]
+    within, beyond = (effects.change(f * rows[-1], 0).change(None) for f in (1, 10))
+    assert 1 < np.linalg.norm(beyond) / np.linalg.norm(within) < 10
+
+
+def test_the_error_grows_with_the_distance_of_the_row():
+    rows, _, observed = world(np.random.default_rng(7))
+    effects = effects_of(rows, observed)
+    level = np.full(N_GENES, 3.0)
+    mean, near, far, farther = (
+        effects.change(f * rows[:-1].mean(axis=0) + f * rows[-1], 0).error_variance(level, level)
+        for f in (0.0, 0.1, 1e3, 1e6)
+    )
+    np.testing.assert_allclose(mean, near)
+    assert (far > 100 * near).all()
+    assert (farther > far).all()
+
+
+def test_a_source_that_lies_apart_does_not_extend_the_reach():
+    rng = np.random.default_rng(10)
+    rows, _, observed = world(rng)
+    rows = rows + 2.0  # the source, all zero, is far from every treatment
+    apart = effects_of(
+        np.vstack([np.zeros(5), rows]),
+        np.concatenate([np.zeros((1, *observed.shape[1:])), observed]),
+        np.vstack([[0, 0], np.full((N_TREATMENTS, 2), 100)]),
+    )
+    assert apart.change(rows[-1], 0).summary()["description_within_reach"]
+    assert not apart.change(4 * rows[-1], 0).summary()["description_within_reach"]
 
 
 def test_descriptions_that_tell_nothing_or_lie_far_away_warn_once_each():
@@ -158,7 +214,7 @@ def test_descriptions_that_tell_nothing_or_lie_far_away_warn_once_each():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_descriptions({"near": [near, near], "unknown": [{"n_groups": 0}]})
-    with pytest.warns(UserWarning, match=r"descriptions of \['a', 'b'\] lie more than") as caught:
+    with pytest.warns(UserWarning, match=r"descriptions of \['a', 'b'\] lie far") as caught:
         warn_of_descriptions({"a": [near, far], "near": [near], "b": [far]})
     assert len(caught) == 1
     mute = near | {"description_tells": False}

@@ -1,5 +1,6 @@
 """Treatments known by a description, and treatments never seen."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -10,14 +11,14 @@ from sklearn.metrics import r2_score
 
 from discover_sc import DISCoVeR
 from discover_sc._levels import DescribedLevels, checked_table
+from discover_sc._observed_changes import _treated_noise
+from discover_sc._reference import GroupProfile
+from discover_sc._shrinkage import dispersion_of, sampling_variance
 from discover_sc.data import simulate
 from discover_sc.evaluation import embedding_ablation, log_mean_profile
 
-# targets that no group was seen under, and descriptions that are noise
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The median support"),
-    pytest.mark.filterwarnings("ignore:A linear regression on the description"),
-]
+# descriptions that are noise
+pytestmark = pytest.mark.filterwarnings("ignore:A linear regression on the description")
 
 
 def described(n_conditions=4):
@@ -111,6 +112,38 @@ def test_a_treated_source_is_one_of_the_treatments_and_the_control_another(model
     assert model.counterfactual_choice_["treat_1"]["n_treatments"] == 3  # two and the control
 
 
+def test_a_level_described_like_the_control_hardly_changes_cells():
+    _, adata, table = told(np.random.default_rng(0))
+    adata.obs["one_type"] = "cell"
+    common = 1.0 + 5.0 * (np.arange(adata.n_vars) < 10)  # what all treatments do
+    treated = (adata.obs["condition"] != "ctrl").to_numpy()
+    adata.X[treated] = np.round(adata.X[treated] * common)
+    table = table.assign(strength=np.append(0.0, np.random.default_rng(1).uniform(0.5, 1.5, 16)))
+    adata.uns["drugs"] = table
+    model = train_small(adata, {"condition_embedding": "drugs", "labels_key": "one_type"})
+    new = table.loc[["ctrl", "t0"]].set_axis(["like the control", "like a drug"])
+    new.loc["like a drug"] += [0.01, 0.0]
+    predicted = model.predict_counterfactual(controls(model), to=new, n_samples=2)
+    base = log_mean_profile(controls(model).X)
+    idle, active = (
+        np.abs(log_mean_profile(predicted[predicted.obs["condition"] == name].X) - base).mean()
+        for name in new.index
+    )
+    assert idle < 0.7 * active
+
+
+def test_a_level_learned_from_few_cells_has_no_description_and_tells_nothing(model):
+    grown = copy.deepcopy(model)
+    few = model.adata[:20].copy()
+    few.obs["condition"] = "learned"
+    grown.add_condition(few)
+    table = model.adata.uns["drugs"].loc[["new_1"]]
+    for source in (controls(model), few):
+        grown.predict_counterfactual(source, to=table, n_samples=2)
+    choices = grown.counterfactual_choice_["learned"]
+    assert choices["n_treatments"] == 4  # registered ones, the control among them
+
+
 def test_a_type_that_was_never_treated_has_a_wider_interval():
     adata = described(n_conditions=6)
     rng = np.random.default_rng(7)
@@ -143,11 +176,36 @@ def test_other_keys_keep_their_levels():
     assert set(of_donors.counterfactual_choice_) == {"ctrl+one", "ctrl+two"}
 
 
-def test_a_far_description_warns_and_is_followed_part_of_the_way(model):
-    table = model.adata.uns["drugs"].loc[["new_1", "new_2"]].mul([1.0, 1e6], axis=0)
-    with pytest.warns(UserWarning, match=r"The descriptions of \['new_2'\] lie more than twice"):
+def test_far_descriptions_warn_once_and_are_followed_part_of_the_way(model):
+    table = model.adata.uns["drugs"].loc[["new_1", "new_2"]] * 1e3
+    with pytest.warns(UserWarning, match="The descriptions of") as caught:
         predicted = model.predict_counterfactual(controls(model), to=table, n_samples=2)
     assert np.isfinite(predicted.X).all()
+    messages = [str(w.message) for w in caught if w.category is UserWarning]
+    assert sum(m.startswith(r"The descriptions of ['new_1', 'new_2']") for m in messages) == 1
+    assert sum("not clearly better than the mean" in m for m in messages) <= 1
+    assert not any("support" in m for m in messages)  # no cell can have any
+
+
+def test_the_noise_is_that_of_the_treated_profiles_alone(model):
+    sources = {"a": GroupProfile(np.full(40, 3.0), 1, 1 / 500)}  # one cell: a noisy source
+    treated = [{"a": GroupProfile(np.full(40, 3.0), n, 1 / 500)} for n in (50, 100)]
+    of_each = [
+        sampling_variance(np.full(40, 3.0), dispersion_of(model), n, 1 / 500) for n in (50, 100)
+    ]
+    assert _treated_noise(model, sources, treated) == pytest.approx(np.mean(of_each))
+
+
+def test_with_doses_a_described_level_is_predicted_by_the_network_alone():
+    adata = described()
+    adata.obs["dose"] = (adata.obs["condition"] != "ctrl").astype(float)
+    dosed = train_small(
+        adata, {"condition_embedding": "drugs", "dose_key": "dose", "labels_key": "cell_type"}
+    )
+    predicted = dosed.predict_counterfactual(
+        controls(dosed), to=adata.uns["drugs"].loc[["new_1"]], dose=1.0, n_samples=2
+    )
+    assert predicted.varm["discover_mean_lower"].isna().all(axis=None)
 
 
 def test_two_treatments_are_too_few_to_leave_any_out():
