@@ -9,7 +9,8 @@ import pytest
 from fitting import train_small
 from sklearn.metrics import r2_score
 
-from discover_sc import DISCoVeR
+from discover_sc import DISCoVeR, _observed_changes
+from discover_sc._described_effects import DescribedEffects
 from discover_sc._levels import DescribedLevels, checked_table
 from discover_sc._observed_changes import _treated_noise
 from discover_sc._reference import GroupProfile
@@ -132,16 +133,22 @@ def test_a_level_described_like_the_control_hardly_changes_cells():
     assert idle < 0.7 * active
 
 
-def test_a_level_learned_from_few_cells_has_no_description_and_tells_nothing(model):
+def test_a_level_learned_from_few_cells_has_no_description_and_tells_nothing(model, monkeypatch):
     grown = copy.deepcopy(model)
     few = model.adata[:20].copy()
     few.obs["condition"] = "learned"
     grown.add_condition(few)
+    n_rows = []
+
+    def counted(known, control, rows, noise):
+        n_rows.append(len(rows))
+        return DescribedEffects(known, control, rows, noise)
+
+    monkeypatch.setattr(_observed_changes, "DescribedEffects", counted)
     table = model.adata.uns["drugs"].loc[["new_1"]]
     for source in (controls(model), few):
         grown.predict_counterfactual(source, to=table, n_samples=2)
-    choices = grown.counterfactual_choice_["learned"]
-    assert choices["n_treatments"] == 4  # registered ones, the control among them
+    assert n_rows == [4, 4]  # the registered levels, whatever the source
 
 
 def test_a_type_that_was_never_treated_has_a_wider_interval():
