@@ -86,6 +86,8 @@ class DISCoVeR(ReadoutMixin, EffectsMixin, TrainingMixin, BaseModelClass):
         published), the posterior mean ``"z"``, ``"both"``, or ``"hidden"``: the posterior mean and
         the last hidden layer of the shared decoder for a draw of z, of which the decoded
         expression is a linear map and a softmax. A linear decoder has none: ``"both"`` is read.
+        Only ``"hidden"`` and ``"both"`` keep the condition from every probe (user guide); the
+        others are there to compare with.
     invariance
         ``"marginal"``: z independent of the condition. ``"conditional"``: independent given the
         label, for data whose composition differs between conditions; needs ``labels_key``.
