@@ -188,6 +188,16 @@ def _changes(sources: dict[str, GroupProfile], treated: dict[str, GroupProfile])
     )
 
 
+def _known_changes(
+    sources: dict[str, GroupProfile], treated: list[dict[str, GroupProfile]]
+) -> KnownChanges:
+    """Return the changes of groups under known treatments, given the profiles under each."""
+    return KnownChanges(
+        np.stack([_changes(sources, profiles) for profiles in treated]),
+        np.array([[p[g].n_cells if g in p else 0 for g in sources] for p in treated]),
+    )
+
+
 def _known_levels(model: DISCoVeR, target: Target, source_codes: np.ndarray) -> list[Target] | None:
     """Return the known treatments beside one that was added after training; None: none was."""
     if model.module.gene_likelihood == "normal" or model.dose_key is not None:
@@ -214,10 +224,7 @@ def _borrowed(
         return [ObservedChanges(None, None) for _ in groups]
 
     effects = BorrowedEffects(
-        KnownChanges(
-            np.stack([_changes(sources, profiles) for profiles in treated]),
-            np.array([[p[g].n_cells if g in p else 0 for g in names] for p in treated]),
-        ),
+        _known_changes(sources, treated),
         control=np.stack([sources[g].profile for g in names]),
         new=_changes(sources, targets)[seen],
         variances=np.stack(
@@ -250,15 +257,11 @@ def _described(
         return [ObservedChanges(None, None) for _ in groups]
     known, treated = [known[k] for k in seen], [treated[k] for k in seen]
     noise = _treated_noise(model, sources, treated)
-    n_cells = [[p[g].n_cells if g in p else 0 for g in names] for p in treated]
     source = levels.names[source_codes[position]]
-    if source not in levels.added:  # described, too: the one treatment without any change
-        known, treated = [*known, source], [*treated, sources]
-        n_cells.append([0] * len(names))
+    if source not in levels.added:  # described, too: without any change, and never left out
+        known, treated = [*known, source], [*treated, {}]
     effects = DescribedEffects(
-        KnownChanges(
-            np.stack([_changes(sources, profiles) for profiles in treated]), np.array(n_cells)
-        ),
+        _known_changes(sources, treated),
         control=np.stack([sources[g].profile for g in names]),
         rows=np.stack([levels.row(name) for name in known]),
         noise=noise,
